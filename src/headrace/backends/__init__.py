@@ -1,0 +1,1 @@
+"""Backends execute plans. None imports another, nor the scheduler."""

@@ -1,0 +1,61 @@
+"""What a backend is (docs/CONTRACTS.md §1). `headrace.testing.conformance` is its test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.core.spec import ModelSpec
+from headrace.core.types import Capacity, StepPlan, StepResult
+from headrace.parallel.mesh import Mesh
+from headrace.weights.qtensor import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """Sizes and precision, all resolved: a backend decides none of them."""
+
+    dtype: str
+    """float32, bfloat16 or float16: what is computed in, and the KV cache's type."""
+    threads: int
+    block_size: int
+    num_blocks: int
+    max_rows: int
+    max_tokens: int
+    """Most tokens computed in one step."""
+    max_model_len: int
+
+
+class Backend(Protocol):
+    """Executes one plan after another on one rank. A row's error is data (RowOut.error), never an exception.
+
+    `submit` may raise only if the device itself is gone.
+    """
+
+    name: str
+    depth: int
+    """Plans that may be in flight: 1 on CPU, 2 on CUDA."""
+
+    def load(
+        self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
+    ) -> Capacity:
+        """Takes every tensor the model's weight map names, once. Raises ModelError or EngineError."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Starts a plan; at most `depth` may be unanswered."""
+
+    def result(self) -> StepResult:
+        """Waits for the oldest unanswered plan."""
+
+    def probe(self) -> Mapping[str, object]:
+        """What was found on this machine: device, library versions, instruction sets."""
+
+    def explain(self) -> str:
+        """How a step runs: kernels, shapes and why they were chosen."""
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by use: weights, kv_cache, workspace."""
+
+    def close(self) -> None:
+        """Gives everything back; further calls are errors."""

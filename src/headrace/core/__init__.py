@@ -1,0 +1,1 @@
+"""What every room speaks: types, specs, configuration, errors. Standard library only."""

@@ -1,0 +1,120 @@
+"""The exception tree. Each class has an HTTP `status` and a stable `code`.
+
+    HeadraceError                     500 internal_error
+    ├── RequestError                  400 bad_request            this request is at fault
+    │   ├── InvalidParameter          400 invalid_parameter
+    │   ├── ContextLengthExceeded     400 context_length_exceeded
+    │   ├── EmptyPrompt               400 empty_prompt
+    │   ├── TemplateError             400 template_error
+    │   └── InputFileError            400 bad_input_file
+    ├── ModelError                    422 bad_model              the checkpoint is at fault
+    │   ├── ModelNotFound             404 model_not_found
+    │   ├── CheckpointError           422 bad_checkpoint
+    │   ├── WeightsMismatch           422 weights_mismatch
+    │   └── UnsupportedModel          501 unsupported_model
+    ├── ConfigError                   400 bad_config             a setting, or a pair of them, cannot be
+    └── EngineError                   500 engine_fault           the machine or the engine is at fault
+        ├── NonFiniteLogits           500 nan_logits
+        ├── OutOfMemory               503 out_of_memory
+        └── BackendUnavailable        503 backend_unavailable
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+def shorten(value: object, limit: int = 64) -> str:
+    """`repr(value)` cut to `limit` characters, so that an error never echoes a whole input."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class HeadraceError(Exception):
+    """Root of every error headrace raises on purpose; the message is one line, fit for a user."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+
+class RequestError(HeadraceError):
+    status = 400
+    code = "bad_request"
+
+
+class InvalidParameter(RequestError):
+    """A field holds a value that is not allowed. The message names the three: field, value, allowed."""
+
+    code = "invalid_parameter"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field}: got {shorten(value)}, allowed: {allowed}")
+        self.field = field
+
+
+class ContextLengthExceeded(RequestError):
+    code = "context_length_exceeded"
+
+
+class EmptyPrompt(RequestError):
+    code = "empty_prompt"
+
+
+class TemplateError(RequestError):
+    code = "template_error"
+
+
+class InputFileError(RequestError):
+    code = "bad_input_file"
+
+
+class ModelError(HeadraceError):
+    status = 422
+    code = "bad_model"
+
+
+class ModelNotFound(ModelError):
+    status = 404
+    code = "model_not_found"
+
+
+class CheckpointError(ModelError):
+    """A file is not what it claims: wrong magic, truncated, overlapping or out of bounds."""
+
+    code = "bad_checkpoint"
+
+
+class WeightsMismatch(ModelError):
+    """Tensors the model needs are missing, of another shape, or left over."""
+
+    code = "weights_mismatch"
+
+
+class UnsupportedModel(ModelError):
+    """An architecture, a config value or a tensor type that headrace does not run."""
+
+    status = 501
+    code = "unsupported_model"
+
+
+class ConfigError(HeadraceError):
+    status = 400
+    code = "bad_config"
+
+
+class EngineError(HeadraceError):
+    code = "engine_fault"
+
+
+class NonFiniteLogits(EngineError):
+    code = "nan_logits"
+
+
+class OutOfMemory(EngineError):
+    status = 503
+    code = "out_of_memory"
+
+
+class BackendUnavailable(EngineError):
+    status = 503
+    code = "backend_unavailable"

@@ -1,0 +1,1 @@
+"""The loop that turns plans into tokens, and the ways into it."""

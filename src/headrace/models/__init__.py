@@ -1,0 +1,1 @@
+"""Descriptions of architectures: config rules -> ModelSpec and WeightMap. No tensors."""

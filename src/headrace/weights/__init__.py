@@ -1,0 +1,1 @@
+"""Checkpoints as a stream of named tensors. numpy only, memory-mapped, no pickle."""
