@@ -1,0 +1,75 @@
+"""Sequence: the scheduler's record of one request, the only mutable one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from headrace.core.types import Request
+
+
+class Status(Enum):
+    WAITING = auto()
+    """In the queue, without a row and without blocks."""
+    RUNNING = auto()
+    """Has a row."""
+    LEAVING = auto()
+    """Ended or preempted; keeps row and blocks until the last step that names them is committed (law 3)."""
+    ENDED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`num_tokens` exist or are being sampled; steps let `num_planned`, then `num_computed`, catch up with them."""
+
+    request: Request
+    number: int
+    """Arrival number: the order among requests of one priority."""
+    stop_ids: frozenset[int]
+    max_output: int
+    """Most tokens it may generate: max_tokens, cut to what the context holds."""
+    root_key: bytes
+    tokens: list[int]
+    """Prompt, then every token that a committed step has sampled."""
+    status: Status = Status.WAITING
+    ended: bool = False
+    """Its terminal event is out: whatever is still in flight is dropped."""
+    row: int = -1
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    """Keys of its leading blocks that are full and committed."""
+    num_planned: int = 0
+    """Tokens whose KV is written once every planned step has run."""
+    num_computed: int = 0
+    """Tokens whose KV committed steps have written."""
+    sampling_in_flight: int = 0
+    """Tokens that planned, uncommitted steps will sample."""
+    steps_in_flight: int = 0
+    num_cached: int = 0
+    """Prompt tokens that its first admission found in the prefix cache."""
+    was_admitted: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist for the device: known ones, and those being sampled."""
+        return len(self.tokens) + self.sampling_in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens the next step may compute. None once the last wanted token is known or being sampled."""
+        if self.num_output + self.sampling_in_flight >= self.max_output:
+            return 0
+        return self.num_tokens - self.num_planned
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its place in every order: by priority, then by arrival; kept through preemptions."""
+        return (self.request.priority, self.number)

@@ -1,0 +1,213 @@
+"""FakeBackend: a backend whose next token is computed by hand, and which checks every law it can see.
+
+Its KV cache is an array that holds, per slot, the token written there and its position. The next token is computed
+from what the row's block table leads to, never from the row's own ids: a lost, reused or wrongly shared block
+gives a wrong token or a `LawViolation`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from headrace.backends.base import BackendOptions
+from headrace.core.spec import ModelSpec
+from headrace.core.types import Admit, Capacity, RowError, RowOut, RowStep, StepPlan, StepResult
+from headrace.parallel.mesh import Mesh
+from headrace.weights.qtensor import QTensor
+
+MODULUS = 8191
+
+
+class LawViolation(AssertionError):
+    """A plan broke one of the laws of docs/CONTRACTS.md §1."""
+
+
+def fold(state: int, position: int, token_id: int) -> int:
+    """One step of the hash whose last value decides the next token."""
+    return (state * 31 + token_id * 7 + position + 1) % MODULUS
+
+
+def next_token(token_ids: Iterable[int], vocab_size: int) -> int:
+    """The token that follows `token_ids`."""
+    state = 0
+    for position, token_id in enumerate(token_ids):
+        state = fold(state, position, token_id)
+    return state % vocab_size
+
+
+def answer(
+    prompt: Iterable[int], vocab_size: int, count: int, stop_ids: frozenset[int] = frozenset(), min_tokens: int = 0
+) -> list[int]:
+    """The `count` tokens (fewer if one of `stop_ids` comes) that FakeBackend generates after `prompt`."""
+    token_ids = list(prompt)
+    output: list[int] = []
+    while len(output) < count:
+        token = next_token(token_ids + output, vocab_size)
+        while len(output) < min_tokens and token in stop_ids:
+            token = (token + 1) % vocab_size
+        output.append(token)
+        if token in stop_ids:
+            break
+    return output
+
+
+@dataclass(slots=True)
+class _Row:
+    admit: Admit
+    token_ids: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    last_step: int = -1
+    error: RowError | None = None
+
+
+class FakeBackend:
+    """Greedy only. A row whose context holds a token of `poison` fails with `nan_logits`."""
+
+    name = "fake"
+
+    def __init__(self, vocab_size: int = 61, depth: int = 1, poison: frozenset[int] = frozenset()) -> None:
+        self.depth = depth
+        self.vocab_size = vocab_size
+        self.computed_tokens = 0
+        self._poison = poison
+        self._rows: dict[int, _Row] = {}
+        self._answers: deque[StepResult] = deque()
+        self._named: deque[tuple[int, frozenset[int]]] = deque()
+        """(step, blocks it names) of unanswered plans."""
+        self._last_step = -1
+        self._memory: list[tuple[int, int] | None] = []
+
+    def load(
+        self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
+    ) -> Capacity:
+        self.vocab_size = spec.vocab_size
+        for _ in tensors:
+            pass
+        return self.open(Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens))
+
+    def open(self, capacity: Capacity) -> Capacity:
+        """What load() does without a model."""
+        self._capacity = capacity
+        self._memory = [None] * (capacity.blocks * capacity.block_size)
+        return capacity
+
+    def submit(self, plan: StepPlan) -> None:
+        self._check_plan(plan)
+        for row in plan.release:
+            self._free(row)
+        for admit in plan.admit:
+            self._require(admit.row not in self._rows, f"row {admit.row} is taken")
+            self._require(0 <= admit.row < self._capacity.max_rows, f"row {admit.row} does not exist")
+            self._rows[admit.row] = _Row(admit, list(admit.token_ids))
+        size = self._capacity.block_size
+        for source, target in plan.copies:
+            self._memory[target * size : (target + 1) * size] = self._memory[source * size : (source + 1) * size]
+        for step in plan.rows:
+            self._grow(plan, step)
+        outs = tuple(self._run(step) for step in plan.rows)
+        self.computed_tokens += sum(step.length for step in plan.rows)
+        named = frozenset(block for step in plan.rows for block in self._rows[step.row].blocks)
+        self._named.append((plan.step, named))
+        self._answers.append(StepResult(plan.step, outs))
+
+    def result(self) -> StepResult:
+        self._named.popleft()
+        return self._answers.popleft()
+
+    def probe(self) -> Mapping[str, object]:
+        return {"device": "none"}
+
+    def explain(self) -> str:
+        return "computed by hand"
+
+    def memory(self) -> Mapping[str, int]:
+        return {"weights": 0, "kv_cache": 0, "workspace": 0}
+
+    def close(self) -> None:
+        self._rows.clear()
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise LawViolation(message)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        self._require(len(self._answers) < self.depth, f"more than {self.depth} plans in flight")
+        self._require(plan.step > self._last_step, f"step {plan.step} after {self._last_step}")
+        self._last_step = plan.step
+        rows = [step.row for step in plan.rows]
+        self._require(len(set(rows)) == len(rows), "a row twice in one plan")
+        total = sum(step.length + len(step.drafts) for step in plan.rows)
+        self._require(total <= self._capacity.max_tokens, f"{total} tokens exceed the budget")
+
+    def _free(self, row: int) -> None:
+        self._require(row in self._rows, f"row {row} released but not live")
+        unanswered = {step for step, _ in self._named}
+        self._require(self._rows[row].last_step not in unanswered, f"row {row} released while a step names it (law 3)")
+        del self._rows[row]
+
+    def _grow(self, plan: StepPlan, step: RowStep) -> None:
+        """Appends new blocks and checks who else may still use them."""
+        self._require(step.row in self._rows, f"row {step.row} is not live")
+        row = self._rows[step.row]
+        size = self._capacity.block_size
+        for block in step.new_blocks:
+            self._require(0 <= block < self._capacity.blocks, f"block {block} does not exist")
+            cached = (len(row.blocks) + 1) * size <= step.start
+            if not cached:
+                in_flight = any(block in blocks for _, blocks in self._named)
+                self._require(not in_flight, f"block {block} reused while a step names it (law 3)")
+                for slot in range(block * size, (block + 1) * size):
+                    self._memory[slot] = None
+            row.blocks.append(block)
+        if row.last_step < 0:
+            row.computed = step.start
+        row.last_step = plan.step
+
+    def _run(self, step: RowStep) -> RowOut:
+        row = self._rows[step.row]
+        if row.error is None:
+            out = self._compute(step, row)
+            row.error = out.error
+            return out
+        return RowOut(step.row, error=row.error)
+
+    def _compute(self, step: RowStep, row: _Row) -> RowOut:
+        admit = row.admit
+        size = self._capacity.block_size
+        self._require(step.length >= 1, "an empty span")
+        self._require(step.start == row.computed, f"starts at {step.start}, computed {row.computed}")
+        self._require(step.start + step.length <= len(row.token_ids), "computes a token that does not exist")
+        self._require(not (step.drafts or step.mask) or not self._answers, "drafts or mask without a commit (law 2)")
+        stop = step.start + step.length
+        self._require(len(row.blocks) * size >= stop, f"{len(row.blocks)} blocks for {stop} tokens")
+        written = {row.blocks[position // size] for position in range(step.start, stop)}
+        for other, owner in self._rows.items():
+            self._require(other == step.row or not written & set(owner.blocks), "writes into another row's block")
+        for position in range(step.start, stop):
+            self._memory[row.blocks[position // size] * size + position % size] = (row.token_ids[position], position)
+        row.computed = stop
+        if admit.sampling.temperature > 0 or step.drafts or step.mask or step.logits or admit.images:
+            return RowOut(step.row, error=RowError("unsupported", "the fake backend decodes greedily, without extras"))
+        return self._sample(step, row, stop)
+
+    def _sample(self, step: RowStep, row: _Row, stop: int) -> RowOut:
+        size = self._capacity.block_size
+        state = 0
+        for position in range(stop):
+            held = self._memory[row.blocks[position // size] * size + position % size]
+            if held is None or held[1] != position:
+                raise LawViolation(f"position {position} of row {step.row} reads a slot that holds {held}")
+            if held[0] in self._poison:
+                return RowOut(step.row, error=RowError("nan_logits", f"token {held[0]} gives no finite logits"))
+            state = fold(state, position, held[0])
+        if not step.sample:
+            return RowOut(step.row)
+        self._require(stop == len(row.token_ids), "samples before the last known token")
+        token = state % self.vocab_size
+        while stop - row.admit.num_prompt < row.admit.sampling.min_tokens and token in row.admit.stop_ids:
+            token = (token + 1) % self.vocab_size
+        row.token_ids.append(token)
+        return RowOut(step.row, (token,))
