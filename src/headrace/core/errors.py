@@ -1,22 +1,22 @@
 """The exception tree. Each class has an HTTP `status` and a stable `code`.
 
-    HeadraceError                     500 internal_error
-    ├── RequestError                  400 bad_request            this request is at fault
-    │   ├── InvalidParameter          400 invalid_parameter
-    │   ├── ContextLengthExceeded     400 context_length_exceeded
-    │   ├── EmptyPrompt               400 empty_prompt
-    │   ├── TemplateError             400 template_error
-    │   └── InputFileError            400 bad_input_file
-    ├── ModelError                    422 bad_model              the checkpoint is at fault
-    │   ├── ModelNotFound             404 model_not_found
-    │   ├── CheckpointError           422 bad_checkpoint
-    │   ├── WeightsMismatch           422 weights_mismatch
-    │   └── UnsupportedModel          501 unsupported_model
-    ├── ConfigError                   400 bad_config             a setting, or a pair of them, cannot be
-    └── EngineError                   500 engine_fault           the machine or the engine is at fault
-        ├── NonFiniteLogits           500 nan_logits
-        ├── OutOfMemory               503 out_of_memory
-        └── BackendUnavailable        503 backend_unavailable
+HeadraceError                     500 internal_error
+├── RequestError                  400 bad_request            this request is at fault
+│   ├── InvalidParameter          400 invalid_parameter
+│   ├── ContextLengthExceeded     400 context_length_exceeded
+│   ├── EmptyPrompt               400 empty_prompt
+│   ├── TemplateError             400 template_error
+│   └── InputFileError            400 bad_input_file
+├── ModelError                    422 bad_model              the checkpoint is at fault
+│   ├── ModelNotFound             404 model_not_found
+│   ├── CheckpointError           422 bad_checkpoint
+│   ├── WeightsMismatch           422 weights_mismatch
+│   └── UnsupportedModel          501 unsupported_model
+├── ConfigError                   400 bad_config             a setting, or a pair of them, cannot be
+└── EngineError                   500 engine_fault           the machine or the engine is at fault
+    ├── NonFiniteLogits           500 nan_logits
+    ├── OutOfMemory               503 out_of_memory
+    └── BackendUnavailable        503 backend_unavailable
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     one rule   a sequence has num_tokens and num_planned; each step spends a token budget and a block budget on
                letting num_planned catch up
-    fairness   every running row is sure of one token a step; what is left of the budget goes to the oldest first.
-               A row that finds no block takes those of the youngest row, or, being the youngest, stands still
+    fairness   who waits and may join does so before the budget is spent; every row is then sure of its share,
+               max_tokens // max_rows tokens a step, and what is left goes to the oldest first. A row that finds no
+               block takes those of the youngest row, or, being the youngest, stands still
     laws       docs/CONTRACTS.md §1: rows and blocks come back only when the last step that names them is committed;
                a block is published at the commit of the step that filled it; a failed row's blocks never are
     order      plan() may run before commit() of up to depth - 1 earlier plans; commits come in the order of plans
@@ -137,6 +138,12 @@ class Scheduler:
         if sequence := self._sequences.get(request_id):
             self._end(sequence, ErrorEvent(request_id, code, message, now_s))
 
+    def use_policy(self, policy: Policy) -> None:
+        """Changes who may join. Raises ValueError while a request is unfinished."""
+        if self._sequences:
+            raise ValueError("the policy can change only while nothing runs")
+        self._policy = policy
+
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
         events, self._events = self._events, []
@@ -171,8 +178,8 @@ class Scheduler:
         """The next step, or None where there is nothing to compute now."""
         self._expire(now_s)
         flight = _Flight(self._step)
-        rows = self._plan_running(flight)
-        admits = self._plan_waiting(flight, rows, now_s)
+        admits = self._join(now_s)
+        rows = self._spread(flight)
         if not rows:
             return None
         plan = StepPlan(self._step, tuple(rows), tuple(admits), tuple(self._release))
@@ -183,29 +190,14 @@ class Scheduler:
         self.stats.computed_tokens += sum(row.length for row in rows)
         return plan
 
-    def _plan_running(self, flight: _Flight) -> list[RowStep]:
-        rows: list[RowStep] = []
-        budget = self._capacity.max_tokens
-        todo = deque(s for s in self._running if s.remaining)
-        while todo:
-            sequence = todo.popleft()
-            wanted = min(sequence.remaining, budget - len(todo))
-            while (fits := self._fitting(sequence, wanted)) == 0 and todo and not self._blocks_coming():
-                self._preempt(todo.pop())
-            if fits:
-                rows.append(self._span(flight, sequence, fits))
-                budget -= fits
-        return rows
-
-    def _plan_waiting(self, flight: _Flight, rows: list[RowStep], now_s: float) -> list[Admit]:
+    def _join(self, now_s: float) -> list[Admit]:
         """Admits from the head of the queue, in order; the first that cannot join keeps the others waiting."""
         admits: list[Admit] = []
-        budget = self._capacity.max_tokens - sum(row.length for row in rows)
         quota = 0
         if oldest := self._oldest_fresh():
             waiting = min(self._num_fresh, self._capacity.max_rows)
             quota = self._policy.quota(waiting, self._active(), oldest.request.arrival_s, now_s)
-        while self._waiting and self._free_rows and budget > 0:
+        while self._waiting and self._free_rows:
             sequence = self._waiting[0]
             if not sequence.was_admitted and quota <= 0:
                 break
@@ -217,20 +209,25 @@ class Scheduler:
                 quota -= 1
                 self._policy.joined()
             admits.append(self._admit(sequence, cached))
-            fits = self._fitting(sequence, min(sequence.remaining, budget))
-            rows.append(self._span(flight, sequence, fits, cached))
-            budget -= fits
         return admits
+
+    def _room_for(self, sequence: Sequence, cached: list[int]) -> bool:
+        """Whether its known tokens fit beside those of the running rows and one more block for each of these, so that
+        joining does not at once mean preempting. Alone, it always fits."""
+        idle = sum(self._pool.refs(block) == 0 for block in cached)
+        promised = sum(self._blocks_for(s.num_tokens) + 1 - len(s.blocks) for s in self._running)
+        needed = self._blocks_for(len(sequence.tokens)) - len(cached)
+        return needed + promised <= self._pool.available - idle
 
     def _admit(self, sequence: Sequence, cached: list[int]) -> Admit:
         for block in cached:
             self._pool.share(block)
-        size = self._capacity.block_size
         sequence.row = self._free_rows.pop()
         sequence.status = Status.RUNNING
         sequence.blocks = list(cached)
+        sequence.num_announced = 0
         sequence.keys = []
-        sequence.num_planned = sequence.num_computed = len(cached) * size
+        sequence.num_planned = sequence.num_computed = len(cached) * self._capacity.block_size
         self._publish(sequence)
         if not sequence.was_admitted:
             sequence.num_cached = sequence.num_computed
@@ -240,26 +237,47 @@ class Scheduler:
         insort(self._running, sequence, key=lambda s: s.place)
         request = sequence.request
         return Admit(
-            sequence.row,
-            tuple(sequence.tokens),
-            sequence.num_prompt,
-            request.sampling,
-            sequence.stop_ids,
-            request.images,
+            row=sequence.row,
+            token_ids=tuple(sequence.tokens),
+            num_prompt=sequence.num_prompt,
+            sampling=request.sampling,
+            stop_ids=sequence.stop_ids,
+            images=request.images,
         )
 
-    def _span(self, flight: _Flight, sequence: Sequence, length: int, cached: list[int] | None = None) -> RowStep:
+    def _spread(self, flight: _Flight) -> list[RowStep]:
+        """Spends the token budget and the block budget on the running rows, oldest first."""
+        rows: list[RowStep] = []
+        budget = self._capacity.max_tokens
+        share = budget // self._capacity.max_rows
+        todo = deque(s for s in self._running if s.remaining)
+        reserved = sum(min(share, s.remaining) for s in todo)
+        while todo:
+            sequence = todo.popleft()
+            reserved -= min(share, sequence.remaining)
+            wanted = min(sequence.remaining, budget - reserved)
+            while (fits := self._fitting(sequence, wanted)) == 0 and todo and not self._blocks_coming():
+                youngest = todo.pop()
+                reserved -= min(share, youngest.remaining)
+                self._preempt(youngest)
+            if fits:
+                rows.append(self._span(flight, sequence, fits))
+                budget -= fits
+        return rows
+
+    def _span(self, flight: _Flight, sequence: Sequence, length: int) -> RowStep:
         """Plans the next `length` tokens of a sequence, for which there are blocks."""
         start = sequence.num_planned
         stop = start + length
-        fresh = self._pool.allocate(max(0, self._blocks_for(stop) - len(sequence.blocks)))
-        sequence.blocks += fresh
+        sequence.blocks += self._pool.allocate(max(0, self._blocks_for(stop) - len(sequence.blocks)))
+        new_blocks = tuple(sequence.blocks[sequence.num_announced :])
+        sequence.num_announced = len(sequence.blocks)
         sampled = stop == sequence.num_tokens
         sequence.num_planned = stop
         sequence.steps_in_flight += 1
         sequence.sampling_in_flight += sampled
         flight.spans[sequence.row] = _Span(sequence, stop, sampled)
-        return RowStep(sequence.row, start, length, new_blocks=(*(cached or ()), *fresh), sample=sampled)
+        return RowStep(sequence.row, start, length, new_blocks=new_blocks, sample=sampled)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._capacity.block_size)
@@ -268,13 +286,6 @@ class Scheduler:
         """How many of the `wanted` next tokens the blocks at hand allow."""
         slots = (len(sequence.blocks) + self._pool.available) * self._capacity.block_size
         return max(0, min(wanted, slots - sequence.num_planned))
-
-    def _room_for(self, sequence: Sequence, cached: list[int]) -> bool:
-        """Whether all its known tokens fit beside one more block for every running row, so that joining does not
-        at once mean preempting. Alone, it always fits."""
-        idle = sum(self._pool.refs(block) == 0 for block in cached)
-        needed = self._blocks_for(len(sequence.tokens)) - len(cached) + len(self._running)
-        return needed <= self._pool.available - idle
 
     def _blocks_coming(self) -> bool:
         """Whether blocks come back at a commit that is due, without preempting anyone else."""

@@ -36,6 +36,8 @@ class Sequence:
     """Its terminal event is out: whatever is still in flight is dropped."""
     row: int = -1
     blocks: list[int] = field(default_factory=list)
+    num_announced: int = 0
+    """Leading blocks that a plan has told the backend of."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of its leading blocks that are full and committed."""
     num_planned: int = 0

@@ -21,7 +21,7 @@ def _f32(planes: Planes) -> NDArray[np.float32]:
 
 
 def _bf16(planes: Planes) -> NDArray[np.float32]:
-    return (planes["data"].astype(np.uint32) << 16).view(np.float32)
+    return np.left_shift(planes["data"].astype(np.uint32), np.uint32(16)).view(np.float32)
 
 
 def _nibbles(packed: Array) -> NDArray[np.uint8]:
@@ -101,6 +101,8 @@ class QTensor:
     def from_bytes(cls, scheme: str, shape: tuple[int, ...], buffer: Array) -> QTensor:
         """A flat uint8 array in file order -> views of its planes, without a copy. Raises ValueError on a wrong size."""
         kind = SCHEMES[scheme]
+        if kind.group > 1 and not shape:
+            raise ValueError(f"{scheme} has groups of {kind.group}: a tensor of shape () cannot hold one")
         if shape and shape[-1] % kind.group:
             raise ValueError(f"a row of {shape[-1]} is not a multiple of {scheme}'s group of {kind.group}")
         grouped = (*shape[:-1], shape[-1] // kind.group) if kind.group > 1 else shape
@@ -117,23 +119,31 @@ class QTensor:
         return sum(plane.nbytes for plane in self.planes.values())
 
     def rows(self, start: int, stop: int) -> QTensor:
-        """Rows [start, stop), a view."""
+        """Rows [start, stop), a view. Raises ValueError outside 0 ≤ start ≤ stop ≤ rows, or on a grouped vector."""
+        self._require_rows()
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start}:{stop} are not inside the {self.shape[0]} of {self.scheme} {self.shape}")
         return self._map(lambda plane: plane[start:stop], (stop - start, *self.shape[1:]))
 
     def take_rows(self, order: NDArray[np.intp]) -> QTensor:
-        """Rows in another order, a copy."""
+        """Rows in another order, a copy. Raises IndexError outside the rows, ValueError on a grouped vector."""
+        self._require_rows()
         return self._map(lambda plane: plane[order], (len(order), *self.shape[1:]))
 
     def cols(self, start: int, stop: int) -> QTensor:
-        """Columns [start, stop) of a 2-D tensor, a view. Raises ValueError unless both fall between groups."""
+        """Columns [start, stop) of a 2-D tensor, a view. Raises ValueError unless both fall between groups, inside it."""
         group = SCHEMES[self.scheme].group
         if len(self.shape) != 2 or start % group or stop % group:
-            raise ValueError(f"columns {start}:{stop} of {self.scheme} {self.shape} do not fall between groups of {group}")
+            raise ValueError(
+                f"columns {start}:{stop} of {self.scheme} {self.shape} do not fall between groups of {group}"
+            )
         return self._map(lambda plane: plane[:, start // group : stop // group], (self.shape[0], stop - start))
 
     @staticmethod
     def cat_rows(parts: Sequence[QTensor]) -> QTensor:
         """Parts of one scheme and one row length, one under the other. Raises ValueError otherwise."""
+        if not parts:
+            raise ValueError("no parts to join")
         first = parts[0]
         if any(part.scheme != first.scheme or part.shape[1:] != first.shape[1:] for part in parts):
             found = ", ".join(f"{part.scheme} {part.shape}" for part in parts)
@@ -142,8 +152,16 @@ class QTensor:
         return QTensor(first.scheme, (sum(part.shape[0] for part in parts), *first.shape[1:]), planes)
 
     def dequantise(self) -> NDArray[np.float32]:
-        """The float32 values, in `shape`. Exact for every scheme: one rounding a multiplication, one an addition."""
-        return SCHEMES[self.scheme].decode(self.planes).reshape(self.shape)
+        """The float32 values, in `shape`. Exact for every scheme: one rounding a multiplication, one an addition.
+
+        A view, read-only, where the tensor is f32. A scale that is infinite or not a number gives such values.
+        """
+        with np.errstate(invalid="ignore"):
+            return SCHEMES[self.scheme].decode(self.planes).reshape(self.shape)
+
+    def _require_rows(self) -> None:
+        if not self.shape or (len(self.shape) == 1 and SCHEMES[self.scheme].group > 1):
+            raise ValueError(f"{self.scheme} {self.shape} has no rows that can be told apart")
 
     def _map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> QTensor:
         return QTensor(self.scheme, shape, {name: change(plane) for name, plane in self.planes.items()})

@@ -1,0 +1,37 @@
+"""headrace: runs decoder language models fast, and proves that the fast answer is the same answer.
+
+Each name of `__all__` is imported when it is first asked for, so that `import headrace` itself is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headrace.core.errors import HeadraceError
+    from headrace.core.types import SamplingParams
+    from headrace.engine.answer import Completion
+    from headrace.engine.llm import LLM
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "Completion", "HeadraceError", "SamplingParams", "__version__"]
+
+_HOMES: Mapping[str, str] = {
+    "LLM": "headrace.engine.llm",
+    "Completion": "headrace.engine.answer",
+    "HeadraceError": "headrace.core.errors",
+    "SamplingParams": "headrace.core.types",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

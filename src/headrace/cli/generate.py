@@ -1,0 +1,211 @@
+"""Answer prompts offline, all of them in one running batch; text or JSON on stdout, in the order of the prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace.cli.flags import add_engine_flags, add_sampling_flags, given
+from headrace.core.config import EngineConfig
+from headrace.core.errors import InputFileError, InvalidParameter, RequestError, shorten
+from headrace.core.types import SamplingParams
+
+if TYPE_CHECKING:
+    from headrace.engine.answer import Completion
+    from headrace.engine.llm import LLM
+    from headrace.engine.model import OpenModel, Prompt
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+MAX_FILE_BYTES = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_flags(parser)
+    add_sampling_flags(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="A prompt. Repeatable.")
+    parser.add_argument(
+        "--prompt-file",
+        metavar="F.jsonl",
+        help='One JSON object a line: {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with any '
+        "sampling field beside it.",
+    )
+    parser.add_argument("--json", action="store_true", help="One JSON object a request on stdout, and nothing else.")
+    parser.add_argument("--stats", action="store_true", help="At the end, times and counts (with --json: an object).")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    base = given(arguments, SamplingParams)
+    SamplingParams(**base)
+    lines = [{"prompt": text} for text in arguments.prompt]
+    if arguments.prompt_file is not None:
+        lines += read_prompt_file(Path(arguments.prompt_file))
+    if not lines:
+        raise InvalidParameter("prompt", None, "at least one --prompt, or a --prompt-file that is not empty")
+
+    from headrace.engine.model import OpenModel
+
+    opened = OpenModel(EngineConfig(**given(arguments, EngineConfig)))
+    return Job(opened, lines, base, arguments.json, arguments.stats).run()
+
+
+class Job:
+    """One call of the command: some prompts are refused at once, the others run together."""
+
+    def __init__(
+        self, opened: OpenModel, lines: list[dict[str, Any]], base: Mapping[str, Any], as_json: bool, stats: bool
+    ) -> None:
+        self._opened = opened
+        self._lines = lines
+        self._base = base
+        self._as_json = as_json
+        self._stats = stats
+        self._waiting: dict[int, Completion] = {}
+        self._printed = 0
+        self._failures: list[str] = []
+        self._prompt_tokens = self._output_tokens = 0
+
+    def run(self) -> int:
+        from headrace.core.types import Request
+        from headrace.engine.answer import refused
+
+        good: list[tuple[int, Request]] = []
+        for index, line in enumerate(self._lines):
+            try:
+                prompt, sampling = parse_line(line, self._base)
+                good.append((index, self._opened.request(str(index), prompt, sampling)))
+            except RequestError as error:
+                self._show(refused(index, (), error))
+        if good:
+            self._answer(good)
+        if not self._failures:
+            return 0
+        more = f" ({len(self._failures) - 1} more requests failed)" if len(self._failures) > 1 else ""
+        print(f"headrace: error: {self._failures[0]}{more}", file=sys.stderr)
+        return 1
+
+    def _answer(self, good: list[tuple[int, Any]]) -> None:
+        from dataclasses import replace
+
+        from headrace.engine.llm import LLM
+        from headrace.engine.progress import progress_bar
+
+        with LLM.load(self._opened) as llm:
+            began_s = time.monotonic()
+            shown = sys.stderr.isatty() and not (sys.stdout.isatty() and len(good) == 1)
+            with progress_bar(len(good), shown) as advance:
+                for completion in llm.iterate([(request.token_ids, request.sampling) for _, request in good]):
+                    advance(completion)
+                    self._show(replace(completion, index=good[completion.index][0]))
+            if self._stats:
+                self._show_stats(llm, time.monotonic() - began_s)
+
+    def _show(self, completion: Completion) -> None:
+        """Prints what is complete, in input order."""
+        self._waiting[completion.index] = completion
+        while (ready := self._waiting.pop(self._printed, None)) is not None:
+            self._printed += 1
+            self._prompt_tokens += len(ready.prompt_token_ids)
+            self._output_tokens += len(ready.token_ids)
+            if ready.error is not None:
+                self._failures.append(f"request {ready.index}: {ready.error.message}")
+            if self._as_json:
+                print(json.dumps(to_json(ready), allow_nan=False), flush=True)
+            elif ready.error is None:
+                if len(self._lines) > 1:
+                    print(f"── {ready.index} · {len(ready.token_ids)} tokens · {ready.finish_reason} ──")
+                print(ready.text, flush=True)
+
+    def _show_stats(self, llm: LLM, wall_s: float) -> None:
+        from headrace.engine.hardware import peak_rss_bytes
+
+        totals = llm.stats
+        stats = {
+            "load_s": llm.load_s,
+            "wall_s": wall_s,
+            "prompt_tokens": self._prompt_tokens,
+            "output_tokens": self._output_tokens,
+            "iterations": totals.iterations,
+            "computed_tokens": totals.computed_tokens,
+            "cached_tokens": totals.cached_tokens,
+            "preemptions": totals.preemptions,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "backend": llm.config.backend,
+        }
+        if self._as_json:
+            print(json.dumps({"stats": stats}), flush=True)
+        else:
+            print("\n".join(f"{name:>16}  {value}" for name, value in stats.items()), file=sys.stderr)
+
+
+def to_json(completion: Completion) -> dict[str, Any]:
+    error = completion.error
+    record: dict[str, Any] = {
+        "index": completion.index,
+        "prompt_token_ids": completion.prompt_token_ids,
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "ttft_s": completion.ttft_s,
+        "decode_tokens_per_s": completion.decode_tokens_per_s,
+        "error": None if error is None else {"code": error.code, "message": error.message},
+    }
+    if completion.seed is not None:
+        record["seed"] = completion.seed
+    if completion.logprobs is not None:
+        record["logprobs"] = [{"logprob": each.logprob, "top": each.top} for each in completion.logprobs]
+    return record
+
+
+def read_prompt_file(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; blank lines are skipped. Raises InputFileError naming file and line."""
+    if path.is_dir():
+        raise InputFileError(f"{path}: is a folder, allowed: a JSON-lines file")
+    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
+        raise InputFileError(f"{path}: {path.stat().st_size} bytes, allowed: up to {MAX_FILE_BYTES}")
+    try:
+        return list(_objects(path, path.read_text(encoding="utf-8-sig")))
+    except FileNotFoundError as error:
+        raise InputFileError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"{path}: not UTF-8 at byte {error.start}") from error
+
+
+def _objects(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_constant=refuse)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split("\n")[0]
+            raise InputFileError(f"{path}, line {number}: not JSON ({reason}): {shorten(line)}") from error
+        if not isinstance(value, dict):
+            raise InputFileError(f"{path}, line {number}: got {shorten(value)}, allowed: a JSON object")
+        yield value
+
+
+def parse_line(line: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Prompt, SamplingParams]:
+    """Prompt and sampling of one line; the line's fields win over `base`. Raises RequestError."""
+    keys = [key for key in PROMPT_KEYS if key in line]
+    if len(keys) != 1:
+        raise InvalidParameter("prompt", keys or sorted(line), "exactly one of " + ", ".join(PROMPT_KEYS))
+    known = SamplingParams.__dataclass_fields__
+    for name in line:
+        if name not in known and name not in PROMPT_KEYS:
+            raise InvalidParameter("field", name, ", ".join((*PROMPT_KEYS, *known)))
+    prompt = line[keys[0]]
+    if keys[0] == "prompt" and not isinstance(prompt, str):
+        raise InvalidParameter("prompt", prompt, "a string")
+    if keys[0] == "prompt_token_ids" and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
+        raise InvalidParameter("prompt_token_ids", prompt, "a list of integers")
+    if keys[0] == "messages" and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
+        raise InvalidParameter("messages", prompt, "a list of objects, not empty")
+    return prompt, SamplingParams(**{**base, **{name: line[name] for name in line if name in known}})

@@ -1,0 +1,75 @@
+"""What a user may set. Flags of the command line are made from these fields and their docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BACKENDS = ("auto", "torch", "native")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine; None means: chosen for this model and machine, with a reason (`core.resolve`)."""
+
+    model: str
+    """A Hugging Face-layout folder, a .gguf file, or `demo`."""
+    backend: str = "auto"
+    """What executes the model: auto, torch or native."""
+    dtype: str = "auto"
+    """What is computed in: auto, float32, bfloat16 or float16; packed weights are dequantised to it."""
+    threads: int | None = None
+    """CPU threads."""
+    policy: str = "fused"
+    """Who joins the running batch: fused (everyone, at the next iteration), serial, static:B or window:MS."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together."""
+    max_num_seqs: int | None = None
+    """Most requests in the running batch."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one iteration."""
+    block_size: int = 16
+    """Tokens in one block of the KV cache."""
+    kv_cache_mib: int | None = None
+    """Size of the KV cache in MiB."""
+    prefix_cache: bool = True
+    """Reuse the KV blocks of prompts that begin alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What `resolve` needs to know of the machine."""
+
+    cores: int
+    """CPUs this process may run on."""
+    free_memory_bytes: int
+    """Memory that can still be taken without swapping, in this process's control group."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """Every setting decided, each automatic one with its reason."""
+
+    backend: str
+    """What executes the model."""
+    dtype: str
+    """What is computed in, and the KV cache's type."""
+    threads: int
+    """CPU threads."""
+    policy: str
+    """Who joins the running batch."""
+    block_size: int
+    """Tokens in one block of the KV cache."""
+    num_blocks: int
+    """Blocks of the KV cache."""
+    max_model_len: int
+    """Most tokens of prompt and answer together."""
+    max_num_seqs: int
+    """Most requests in the running batch."""
+    max_num_batched_tokens: int
+    """Most tokens computed in one iteration."""
+    prefix_cache: bool
+    """Whether the KV blocks of prompts that begin alike are reused."""
+    reasons: Mapping[str, str]
+    """Field -> why it has its value."""

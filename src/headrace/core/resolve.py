@@ -1,0 +1,110 @@
+"""Every automatic choice, in one pure function, each with its reason (docs/CONTRACTS.md §1, defaults)."""
+
+from __future__ import annotations
+
+from headrace.core.config import BACKENDS, DTYPES, EngineConfig, Hardware, ResolvedConfig
+from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
+from headrace.core.sizing import blocks_for, kv_bytes_per_token
+from headrace.core.spec import ModelSpec
+
+CPU_MAX_NUM_SEQS = 32
+CPU_MAX_BATCHED_TOKENS = 512
+CPU_KV_SHARE = 0.25
+MIB = 2**20
+
+
+def check_config(config: EngineConfig) -> None:
+    """Refuses values that are wrong whatever the model. Raises InvalidParameter or BackendUnavailable."""
+    if config.backend not in BACKENDS:
+        raise InvalidParameter("backend", config.backend, ", ".join(BACKENDS))
+    if config.backend == "native":
+        raise BackendUnavailable("backend: native is not part of this version, allowed: auto, torch")
+    if config.dtype not in DTYPES:
+        raise InvalidParameter("dtype", config.dtype, ", ".join(DTYPES))
+    limits = {
+        "threads": (config.threads, 1, 1024),
+        "max_model_len": (config.max_model_len, 2, 2**31),
+        "max_num_seqs": (config.max_num_seqs, 1, 4096),
+        "max_num_batched_tokens": (config.max_num_batched_tokens, 1, 2**20),
+        "block_size": (config.block_size, 1, 256),
+        "kv_cache_mib": (config.kv_cache_mib, 1, 2**24),
+    }
+    for name, (value, low, high) in limits.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidParameter(name, value, f"an integer from {low} to {high}")
+    if not isinstance(config.prefix_cache, bool):
+        raise InvalidParameter("prefix_cache", config.prefix_cache, "true or false")
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> ResolvedConfig:
+    """Decides what the user left open. Raises ConfigError, InvalidParameter, OutOfMemory or BackendUnavailable."""
+    check_config(config)
+    reasons: dict[str, str] = {}
+
+    def choose(name: str, given: int | str | None, value: int | str, reason: str) -> None:
+        reasons[name] = "as set" if given is not None else f"{value}: {reason}"
+
+    backend = "torch"
+    choose("backend", None if config.backend == "auto" else config.backend, backend, "the backend of this version")
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    choose("dtype", None if config.dtype == "auto" else dtype, dtype, "16-bit arithmetic is slower on most CPUs")
+    threads = config.threads or hardware.cores
+    choose("threads", config.threads, threads, "one per CPU that this process may use")
+
+    if config.max_model_len is not None and config.max_model_len > spec.context:
+        raise ConfigError(f"max_model_len: got {config.max_model_len}, allowed: up to the model's {spec.context}")
+    seqs, batched = _batch_limits(config)
+    choose("max_num_seqs", config.max_num_seqs, seqs, "the default on a CPU, at least a static batch's size")
+    choose("max_num_batched_tokens", config.max_num_batched_tokens, batched, "the default on a CPU, ≥ max_num_seqs")
+
+    block_bytes = kv_bytes_per_token(spec, dtype) * config.block_size
+    wanted_len = config.max_model_len or spec.context
+    wanted = seqs * blocks_for(wanted_len, config.block_size)
+    if config.kv_cache_mib is not None:
+        affordable = config.kv_cache_mib * MIB // block_bytes
+        num_blocks, why = min(wanted, affordable), "what kv_cache_mib holds"
+    else:
+        affordable = int(hardware.free_memory_bytes * CPU_KV_SHARE) // block_bytes
+        num_blocks, why = min(wanted, affordable), f"{CPU_KV_SHARE:.0%} of free memory"
+    if num_blocks == wanted:
+        why = f"enough for {seqs} requests of {wanted_len} tokens"
+    slots = num_blocks * config.block_size
+    if slots < (config.max_model_len or 2):
+        tokens = config.max_model_len or 2
+        needed_mib = blocks_for(tokens, config.block_size) * block_bytes / MIB
+        raise OutOfMemory(
+            f"the KV cache can have {affordable * block_bytes / MIB:.1f} MiB, but one request of {tokens} tokens "
+            f"needs {needed_mib:.1f} MiB: lower max_model_len or raise kv_cache_mib"
+        )
+    choose("num_blocks", None, num_blocks, why)
+    max_model_len = min(wanted_len, slots)
+    cut = "the model's context" if max_model_len == spec.context else "what fits the KV cache"
+    choose("max_model_len", config.max_model_len, max_model_len, cut)
+    return ResolvedConfig(
+        backend=backend,
+        dtype=dtype,
+        threads=threads,
+        policy=config.policy,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        prefix_cache=config.prefix_cache,
+        reasons=reasons,
+    )
+
+
+def _batch_limits(config: EngineConfig) -> tuple[int, int]:
+    """(max_num_seqs, max_num_batched_tokens). Every running row must be sure of one token a step."""
+    kind, _, number = config.policy.partition(":")
+    static = int(number) if kind == "static" and number.isdecimal() else 1
+    seqs = config.max_num_seqs or max(CPU_MAX_NUM_SEQS, static)
+    if static > seqs:
+        raise ConfigError(f"policy: {config.policy} needs max_num_seqs ≥ {static}, got {seqs}")
+    batched = config.max_num_batched_tokens or max(CPU_MAX_BATCHED_TOKENS, seqs)
+    if batched < seqs:
+        raise ConfigError(f"max_num_batched_tokens: got {batched}, allowed: ≥ max_num_seqs ({seqs})")
+    return seqs, batched

@@ -1,0 +1,23 @@
+"""The only formulas for bytes and tokens. The runtime and the planner both use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headrace.core.spec import ModelSpec
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def kv_values_per_token(spec: ModelSpec) -> int:
+    """Numbers the KV cache holds for one token: a key and a value per layer, KV head and head dimension."""
+    return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers)
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
+    return kv_values_per_token(spec) * DTYPE_BYTES[dtype]
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)

@@ -1,0 +1,117 @@
+"""From events to a Completion: detokenising, stop strings, times. One `Answer` a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.core.errors import HeadraceError
+from headrace.core.types import ErrorEvent, Event, FinishEvent, Request, TokenEvent, TokenLogprobs
+from headrace.text.detokenize import Detokenizer
+from headrace.text.stop import StopStrings
+from headrace.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """Why one request failed; the others are not touched by it."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt. Either `error` is set, or `finish_reason` is stop or length."""
+
+    index: int
+    """Which prompt of the call this answers."""
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """Generated tokens, with the token that ended them, if one did."""
+    text: str
+    """Without the stop string that ended it."""
+    finish_reason: str | None
+    seed: int | None = None
+    """What the draw depended on; None for a greedy answer."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One a token, where asked for."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was reused."""
+    ttft_s: float | None = None
+    """Seconds from arrival (queueing included) to the first token."""
+    latency_s: float | None = None
+    """Seconds from arrival to the end."""
+    decode_tokens_per_s: float | None = None
+    """(tokens - 1) / (last token - first token)."""
+    error: RequestFailure | None = None
+
+
+class Answer:
+    """Collects one request's events."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer, arrival_s: float) -> None:
+        sampling = request.sampling
+        self.index = index
+        self.request = request
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens)
+        self._stops = StopStrings(sampling.stop)
+        self._arrival_s = arrival_s
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._text: list[str] = []
+        self._first_s: float | None = None
+        self._last_s: float | None = None
+        self._stopped = False
+
+    def tokens(self, event: TokenEvent) -> int | None:
+        """Takes new tokens. Returns the answer's length in tokens once a stop string is complete in its text."""
+        if self._stopped:
+            return None
+        if self._first_s is None:
+            self._first_s = event.time_s
+        self._last_s = event.time_s
+        for index, token_id in enumerate(event.token_ids):
+            self._token_ids.append(token_id)
+            self._logprobs.extend(event.logprobs[index : index + 1])
+            text, self._stopped = self._stops.push(self._detokenizer.push([token_id]))
+            self._text.append(text)
+            if self._stopped:
+                return len(self._token_ids)
+        return None
+
+    def end(self, event: FinishEvent | ErrorEvent) -> Completion:
+        """The terminal event: nothing comes after it."""
+        error = RequestFailure(event.code, event.message) if isinstance(event, ErrorEvent) else None
+        if not self._stopped:
+            text, self._stopped = self._stops.push(self._detokenizer.finish())
+            self._text.append(text)
+            if not self._stopped:
+                self._text.append(self._stops.finish())
+        count = len(self._token_ids)
+        rate = None
+        if self._first_s is not None and self._last_s is not None and self._last_s > self._first_s:
+            rate = (count - 1) / (self._last_s - self._first_s)
+        sampling = self.request.sampling
+        return Completion(
+            index=self.index,
+            prompt_token_ids=self.request.token_ids,
+            token_ids=tuple(self._token_ids),
+            text="".join(self._text),
+            finish_reason=None if isinstance(event, ErrorEvent) else str(event.reason),
+            seed=sampling.seed,
+            logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
+            cached_tokens=0 if isinstance(event, ErrorEvent) else event.cached_tokens,
+            ttft_s=None if self._first_s is None else self._first_s - self._arrival_s,
+            latency_s=event.time_s - self._arrival_s,
+            decode_tokens_per_s=rate,
+            error=error,
+        )
+
+
+def refused(index: int, token_ids: tuple[int, ...], error: HeadraceError) -> Completion:
+    """The completion of a request that never reached the engine."""
+    return Completion(index, token_ids, (), "", None, error=RequestFailure(error.code, str(error)))
+
+
+def is_terminal(event: Event) -> bool:
+    return not isinstance(event, TokenEvent)

@@ -1,0 +1,206 @@
+"""LLM: a model in this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, cast
+
+from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.core.errors import EngineError, InvalidParameter, RequestError
+from headrace.core.types import Request, SamplingParams, TokenEvent
+from headrace.engine.answer import Answer, Completion, refused
+from headrace.engine.client import InProcessClient
+from headrace.engine.model import Message, OpenModel, Prompt
+from headrace.engine.progress import progress_bar
+from headrace.sched.scheduler import SchedulerStats
+
+__all__ = ["LLM", "Completion"]
+
+
+def with_seed(sampling: SamplingParams) -> SamplingParams:
+    """Draws a seed where one will be used and none was given, so that it can be returned with the answer."""
+    if sampling.temperature > 0 and sampling.seed is None:
+        return replace(sampling, seed=secrets.randbits(63))
+    return sampling
+
+
+class LLM:
+    """Loads a model at once and answers prompts in one running batch.
+
+    `model` is a Hugging Face-layout folder, a .gguf file or `demo`; the other settings are those of
+    `EngineConfig` by name. Use it in a `with`, or call `close()`. Calls from several threads take turns.
+    Raises ModelError, ConfigError, InvalidParameter or EngineError.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self._start(OpenModel(make_config(model, settings)))
+
+    @classmethod
+    def load(cls, opened: OpenModel) -> Self:
+        """Loads the weights of a model that is already open."""
+        llm = cls.__new__(cls)
+        llm._start(opened)
+        return llm
+
+    def _start(self, opened: OpenModel) -> None:
+        core, self.load_s = opened.start()
+        self._opened = opened
+        self._client: InProcessClient | None = InProcessClient(core)
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """Every setting, and why it is so."""
+        return self._opened.config
+
+    @property
+    def opened(self) -> OpenModel:
+        """The model's description and tokenizer."""
+        return self._opened
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Iterations and tokens since the load."""
+        return self._running_client().stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Answers one prompt or many, together, in the order given.
+
+        A prompt is text, a list of token ids, or a list of messages. `sampling` holds for all prompts, or is one
+        a prompt; its fields can be given by name instead. What is wrong with one prompt is the `error` of its
+        completion; the others are answered. `progress`: a bar on stderr (None: if that is a terminal).
+        Raises InvalidParameter for wrong sampling fields, EngineError if the engine has ended.
+        """
+        many = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
+        each = sampling_for(len(many), sampling, fields)
+        shown = progress if progress is not None else sys.stderr.isatty()
+        answers: list[Completion | None] = [None] * len(many)
+        with progress_bar(len(many), shown) as advance:
+            for completion in self.iterate(list(zip(many, each, strict=True))):
+                answers[completion.index] = completion
+                advance(completion)
+        return [answer for answer in answers if answer is not None]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Like `generate`, for one conversation or many: messages of the form {"role": …, "content": …}."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise InvalidParameter("messages", messages, "a list of messages, or a list of such lists")
+        return self.generate(cast("Sequence[Prompt]", messages), sampling, progress=progress, **fields)
+
+    def iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]]) -> Iterator[Completion]:
+        """Answers (prompt, sampling) pairs; yields each completion as soon as it is whole, in any order."""
+        with self._lock:
+            yield from self._iterate(asked)
+
+    def _iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]]) -> Iterator[Completion]:
+        client = self._running_client()
+        live: dict[str, Answer] = {}
+        try:
+            for index, (prompt, sampling) in enumerate(asked):
+                token_ids: tuple[int, ...] = ()
+                try:
+                    token_ids = self._opened.encode(prompt)
+                except RequestError as error:
+                    yield refused(index, token_ids, error)
+                    continue
+                self._count += 1
+                now_s = time.monotonic()
+                request = Request(f"llm-{self._count}", token_ids, with_seed(sampling), arrival_s=now_s)
+                live[request.id] = Answer(index, request, self._opened.tokenizer, now_s)
+                client.submit(request)
+            while live:
+                for event in client.poll():
+                    answer = live.get(event.request_id)
+                    if answer is None:
+                        continue
+                    if isinstance(event, TokenEvent):
+                        if (num_output := answer.tokens(event)) is not None:
+                            client.finish(event.request_id, num_output)
+                    else:
+                        del live[event.request_id]
+                        yield answer.end(event)
+        finally:
+            for request_id in live:
+                client.abort(request_id)
+
+    def _running_client(self) -> InProcessClient:
+        if self._client is None:
+            raise EngineError("this LLM is closed")
+        return self._client
+
+    def close(self) -> None:
+        """Gives the memory back. Idempotent; later calls of other methods raise EngineError."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+            self._opened.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig from settings by name. Raises InvalidParameter for an unknown name."""
+    known = [name for name in EngineConfig.__dataclass_fields__ if name != "model"]
+    for name in settings:
+        if name not in known:
+            raise InvalidParameter("setting", name, ", ".join(known))
+    return EngineConfig(model=model, **settings)
+
+
+def make_sampling(fields: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams from fields by name. Raises InvalidParameter."""
+    for name in fields:
+        if name not in SamplingParams.__dataclass_fields__:
+            raise InvalidParameter("sampling field", name, ", ".join(SamplingParams.__dataclass_fields__))
+    return SamplingParams(**fields)
+
+
+def is_single(prompts: object) -> bool:
+    """Whether this is one prompt: text, ids or messages, and not a list of such."""
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise InvalidParameter("prompts", prompts, "a prompt or a list of prompts")
+    return bool(prompts) and all(isinstance(part, int | Mapping) for part in prompts)
+
+
+def sampling_for(
+    count: int, sampling: SamplingParams | Sequence[SamplingParams] | None, fields: Mapping[str, Any]
+) -> list[SamplingParams]:
+    """One SamplingParams a prompt."""
+    if sampling is not None and fields:
+        raise InvalidParameter("sampling", "both sampling= and " + ", ".join(fields), "one of the two")
+    if sampling is None:
+        return [make_sampling(fields)] * count
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * count
+    if len(sampling) != count:
+        raise InvalidParameter("sampling", f"{len(sampling)} for {count} prompts", "one for all, or one a prompt")
+    return list(sampling)

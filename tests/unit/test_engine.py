@@ -1,0 +1,277 @@
+"""The engine's loop over the backend computed by hand: policies, laws, faults."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+
+from headrace.backends.base import Backend
+from headrace.core.errors import EngineError
+from headrace.core.types import (
+    Capacity,
+    EngineLimits,
+    ErrorEvent,
+    Event,
+    FinishEvent,
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+)
+from headrace.engine.client import InProcessClient
+from headrace.engine.core import EngineCore
+from headrace.sched.policy import parse_policy
+from headrace.sched.prefix import PrefixCache
+from headrace.sched.scheduler import Scheduler
+from headrace.testing.fake import FakeBackend, answer
+
+VOCAB, EOS, CONTEXT = 61, 60, 256
+CAPACITY = Capacity(blocks=512, block_size=16, max_rows=64, max_tokens=512)
+
+
+class Clock:
+    """Stands still unless told."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_core(
+    policy: str = "fused",
+    backend: FakeBackend | None = None,
+    capacity: Capacity = CAPACITY,
+    clock: Clock | None = None,
+    prefix_cache: bool = False,
+) -> EngineCore:
+    backend = backend or FakeBackend(VOCAB)
+    backend.open(capacity)
+    cache = PrefixCache(capacity.blocks, capacity.block_size, "fake", prefix_cache)
+    scheduler = Scheduler(capacity, CONTEXT, frozenset({EOS}), parse_policy(policy), cache)
+    return EngineCore(backend, scheduler, EngineLimits(VOCAB, CONTEXT), clock or Clock())
+
+
+def drain(core: EngineCore) -> list[Event]:
+    events: list[Event] = []
+    client = InProcessClient(core)
+    while batch := client.poll():
+        events += batch
+    return events
+
+
+def tokens_of(events: list[Event]) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, TokenEvent):
+            tokens[event.request_id] += event.token_ids
+    return tokens
+
+
+def random_requests(count: int = 50) -> list[Request]:
+    draw = random.Random(7)
+    return [
+        Request(
+            f"r{i}",
+            tuple(draw.randrange(VOCAB - 1) for _ in range(draw.randint(1, 90))),
+            SamplingParams(max_tokens=draw.randint(1, 60), ignore_eos=i % 2 == 0),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_policies_agree_and_compute_each_token_once(depth: int) -> None:
+    requests = random_requests()
+    iterations = {}
+    for policy in ("serial", "static:8", "window:50", "fused"):
+        backend = FakeBackend(VOCAB, depth)
+        clock = Clock()
+        core = make_core(policy, backend, clock=clock)
+        for request in requests:
+            core.submit(request)
+        clock.now_s = 1.0
+        tokens = tokens_of(drain(core))
+        needed = 0
+        for request in requests:
+            stop_ids = frozenset() if request.sampling.ignore_eos else frozenset({EOS})
+            expected = answer(request.token_ids, VOCAB, request.sampling.max_tokens or 0, stop_ids)
+            assert tokens[request.id] == expected
+            needed += len(request.token_ids) + len(expected) - 1
+        wasted = backend.computed_tokens - needed
+        ended_by_id = sum(EOS in answer_tokens for answer_tokens in tokens.values())
+        assert 0 <= wasted <= (depth - 1) * ended_by_id, "each token is computed once; only a pipeline may run past EOS"
+        iterations[policy] = core.stats.iterations
+    assert iterations["fused"] < min(iterations[p] for p in ("serial", "static:8")), iterations
+    assert iterations["fused"] <= iterations["window:50"] < iterations["static:8"] < iterations["serial"], iterations
+
+
+def test_late_arrivals_join_at_the_next_iteration() -> None:
+    core = make_core()
+    core.submit(Request("long", (1, 2, 3), SamplingParams(max_tokens=50, ignore_eos=True)))
+    for _ in range(10):
+        core.step()
+    core.submit(Request("late", (4, 5), SamplingParams(max_tokens=2, ignore_eos=True)))
+    assert {e.request_id for e in core.step() if isinstance(e, TokenEvent)} == {"long", "late"}
+
+
+def test_static_batch_keeps_others_waiting_until_its_longest_ends() -> None:
+    core = make_core("static:2")
+    for name, count in (("a", 3), ("b", 9), ("c", 2)):
+        core.submit(Request(name, (1, 2), SamplingParams(max_tokens=count, ignore_eos=True)))
+    order = [e.request_id for e in drain(core) if isinstance(e, TokenEvent)]
+    assert order.index("c") == 12
+    assert order == ["a", "b"] * 3 + ["b"] * 6 + ["c"] * 2
+
+
+def test_window_opens_with_the_first_request_and_lets_all_in_together() -> None:
+    clock = Clock()
+    core = make_core("window:100", clock=clock)
+    core.submit(Request("a", (1,), SamplingParams(max_tokens=3, ignore_eos=True), arrival_s=0.0))
+    clock.now_s = 0.06
+    core.submit(Request("b", (2,), SamplingParams(max_tokens=3, ignore_eos=True), arrival_s=0.06))
+    assert core.step() == []
+    assert core.sleep_s() == pytest.approx(0.04)
+    clock.now_s = 0.1
+    assert {e.request_id for e in core.step()} == {"a", "b"}
+    core.submit(Request("c", (3,), SamplingParams(max_tokens=1, ignore_eos=True), arrival_s=0.1))
+    clock.now_s = 5.0
+    assert {e.request_id for e in core.step()} == {"a", "b"}, "nobody joins a running window"
+
+
+def test_prefix_cache_saves_work_and_changes_no_token() -> None:
+    prompt = tuple(range(40))
+    core = make_core(prefix_cache=True)
+    for name in ("first", "again"):
+        core.submit(Request(name, prompt, SamplingParams(max_tokens=5, ignore_eos=True)))
+        events = drain(core)
+        assert tokens_of(events)[name] == answer(prompt, VOCAB, 5)
+        end = events[-1]
+        assert isinstance(end, FinishEvent) and end.cached_tokens == (32 if name == "again" else 0)
+    core.submit(Request("salted", prompt, SamplingParams(max_tokens=5, ignore_eos=True), salt="other tenant"))
+    end = drain(core)[-1]
+    assert isinstance(end, FinishEvent) and end.cached_tokens == 0
+
+
+def test_a_full_hit_still_computes_the_last_token() -> None:
+    core = make_core(prefix_cache=True)
+    prompt = tuple(range(32))
+    for expected_cached in (0, 16):
+        core.submit(Request("r", prompt, SamplingParams(max_tokens=1)))
+        end = drain(core)[-1]
+        assert isinstance(end, FinishEvent) and end.cached_tokens == expected_cached
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_failing_request_fails_alone(depth: int) -> None:
+    core = make_core(backend=FakeBackend(VOCAB, depth, poison=frozenset({59})))
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    prompts = {"a": (1, 2, 3), "sick": (4, 59, 5), "b": (7, 8), "empty": (), "long": (1,) * CONTEXT, "odd": (1, 99)}
+    for name, prompt in prompts.items():
+        core.submit(Request(name, prompt, sampling))
+    events = drain(core)
+    codes = {e.request_id: e.code for e in events if isinstance(e, ErrorEvent)}
+    assert codes == {
+        "sick": "nan_logits",
+        "empty": "empty_prompt",
+        "long": "context_length_exceeded",
+        "odd": "invalid_parameter",
+    }
+    tokens = tokens_of(events)
+    assert tokens["a"] == answer(prompts["a"], VOCAB, 20)
+    assert tokens["b"] == answer(prompts["b"], VOCAB, 20)
+    terminal = [e.request_id for e in events if not isinstance(e, TokenEvent)]
+    assert sorted(terminal) == sorted(prompts)
+
+
+def test_deadline_ends_a_request_with_its_code() -> None:
+    clock = Clock()
+    core = make_core(clock=clock)
+    core.submit(Request("late", (1, 2), SamplingParams(max_tokens=50, ignore_eos=True), deadline_s=1.0))
+    core.submit(Request("calm", (1, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    core.step()
+    clock.now_s = 1.0
+    ends = {e.request_id: e for e in drain(core) if not isinstance(e, TokenEvent)}
+    assert isinstance(ends["late"], ErrorEvent) and ends["late"].code == "deadline_exceeded"
+    assert isinstance(ends["calm"], FinishEvent)
+
+
+def test_finish_and_abort_are_terminal_once() -> None:
+    core = make_core()
+    for name in ("stop", "gone"):
+        core.submit(Request(name, (1, 2), SamplingParams(max_tokens=50, ignore_eos=True)))
+    for _ in range(3):
+        core.step()
+    core.finish("stop", 2)
+    core.abort("gone")
+    core.abort("gone")
+    core.abort("never there")
+    ends = [e for e in drain(core) if isinstance(e, FinishEvent)]
+    assert [(e.request_id, e.reason, e.output_tokens) for e in ends] == [
+        ("stop", FinishReason.STOP, 2),
+        ("gone", FinishReason.ABORT, 3),
+    ]
+
+
+class DyingBackend(FakeBackend):
+    """Its device goes away at the third plan."""
+
+    def submit(self, plan: StepPlan) -> None:
+        if plan.step == 2:
+            raise EngineError("the device is gone")
+        super().submit(plan)
+
+
+def test_a_dead_device_ends_every_request_and_refuses_new_ones() -> None:
+    core = make_core(backend=DyingBackend(VOCAB))
+    for name in ("a", "b"):
+        core.submit(Request(name, (1, 2), SamplingParams(max_tokens=9, ignore_eos=True)))
+    ends = [e for e in drain(core) if isinstance(e, ErrorEvent)]
+    assert [(e.request_id, e.code) for e in ends] == [("a", "engine_fault"), ("b", "engine_fault")]
+    core.submit(Request("c", (1,), SamplingParams()))
+    assert [e.request_id for e in drain(core)] == ["c"]
+    assert InProcessClient(core).health() == "the device is gone"
+
+
+class LyingBackend(FakeBackend):
+    """Answers another plan than it was given."""
+
+    def result(self) -> StepResult:
+        right = super().result()
+        return StepResult(right.step + 1, right.rows)
+
+
+def test_an_answer_to_another_plan_is_noticed() -> None:
+    core = make_core(backend=LyingBackend(VOCAB))
+    core.submit(Request("a", (1, 2), SamplingParams(max_tokens=9)))
+    ends = [e for e in drain(core) if isinstance(e, ErrorEvent)]
+    assert len(ends) == 1 and "does not answer" in ends[0].message
+
+
+def test_fairness_one_long_prompt_does_not_stop_the_others() -> None:
+    """A prompt of many chunks takes what is left of the budget; rows that decode go on at every step."""
+    capacity = Capacity(blocks=64, block_size=4, max_rows=8, max_tokens=12)
+    core = make_core(capacity=capacity)
+    core.submit(Request("long", tuple(i % 60 for i in range(200)), SamplingParams(max_tokens=1)))
+    core.step()
+    for name in ("a", "b", "c"):
+        core.submit(Request(name, (1, 2), SamplingParams(max_tokens=8, ignore_eos=True)))
+    seen: dict[str, list[int]] = defaultdict(list)
+    for step in range(40):
+        for event in core.step():
+            if isinstance(event, TokenEvent):
+                seen[event.request_id].append(step)
+    for name in ("a", "b", "c"):
+        assert len(seen[name]) == 8
+        assert max(b - a for a, b in zip(seen[name], seen[name][1:], strict=False)) == 1, seen
+        assert seen[name][-1] < seen["long"][0]
+
+
+def test_backend_protocol_is_what_the_fake_offers() -> None:
+    backend: Backend = FakeBackend()
+    assert backend.depth == 1
