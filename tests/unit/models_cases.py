@@ -1,6 +1,6 @@
 """Tiny transformers models of every architecture, and a plain reading of a spec in torch to hold against them.
 
-The reading below is written from the docstrings of core/spec.py alone: if it agrees with transformers, the spec says all.
+The reading is written from the docstrings of core/spec.py alone: where it agrees with transformers, the spec says all.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+RAMP = {**YARN, "rope_theta": 100.0, "original_max_position_embeddings": 48, "beta_fast": 2, "beta_slow": 0.3}
+"""Of 16 frequencies, some lie before the ramp, some on it, some past it."""
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -66,9 +68,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-yarn-numbers": (
         "Llama",
-        {"rope_parameters": {**YARN, "beta_fast": 4, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.1}},
+        {"head_dim": 32, "rope_parameters": {**RAMP, "mscale": 0.7, "mscale_all_dim": 1.1}},
     ),
-    "llama-yarn-whole": ("Llama", {"rope_parameters": {**YARN, "truncate": False, "attention_factor": 0.9}}),
+    "llama-yarn-whole": (
+        "Llama",
+        {"head_dim": 32, "rope_parameters": {**RAMP, "truncate": False, "attention_factor": 0.9}},
+    ),
     "llama-longrope": ("Llama", {"rope_parameters": {**LONG, "factor": 4.0, "original_max_position_embeddings": 8}}),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, **_rope(rope_theta=1e6)}),

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from headrace.core.spec import WeightRule
 from headrace.models.registry import ARCHITECTURES, MODEL_TYPES, Description, describe
-
 from tests.unit.models_cases import CASES, SIZES, apply_map, build, frequencies, old_spelling, run_spec, save
 
 
@@ -60,10 +59,10 @@ def test_description_is_the_model(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(token_ids[None]).logits[0]
         got = run_spec(description.spec, apply_map(description.weight_map, tensors), token_ids)
-        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         wanted = model(token_ids[None, :6]).logits[0]
         got = run_spec(description.spec, apply_map(description.weight_map, tensors), token_ids[:6])
-        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""A config is untrusted: what is wrong in it is refused in one line that names the key, the value and what is allowed."""
+"""A config is untrusted: what is wrong in it is refused in one line that names key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -117,8 +117,6 @@ UNSUPPORTED: list[tuple[Config, str, str]] = [
     (config_of("GPTJ", rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling", "linear"),
 ]
 
-PARTIAL_PHI3 = {"hidden_size": 24, "partial_rotary_factor": 0.5}
-
 
 @pytest.mark.parametrize(("config", "key", "value"), BROKEN, ids=lambda item: item if isinstance(item, str) else "")
 def test_broken_config(config: Config, key: str, value: str) -> None:
@@ -142,7 +140,7 @@ def _check_line(line: str, key: str, value: str) -> None:
 
 
 def test_unknown_architecture_lists_the_known() -> None:
-    with pytest.raises(UnsupportedModel, match="allowed: LlamaForCausalLM, Qwen2ForCausalLM, .*Qwen3MoeForCausalLM"):
+    with pytest.raises(UnsupportedModel, match=r"allowed: LlamaForCausalLM, Qwen2ForCausalLM, .*Qwen3MoeForCausalLM"):
         describe({"architectures": ["GPT9ForCausalLM"]}, "hf", {})
     with pytest.raises(UnsupportedModel, match=r"format is 'onnx', allowed: hf, gguf"):
         describe({}, "onnx", {})
@@ -212,11 +210,30 @@ JSON = st.recursive(
     max_leaves=6,
 )
 ROPE_KEYS = sorted({*YARN, *LLAMA3, *LONG, "type", "attention_factor", "mscale", "mscale_all_dim", "truncate"})
-KEYS = (
-    "head_dim hidden_act attention_bias mlp_bias rms_norm_eps rope_theta rope_scaling rope_parameters sliding_window"
-    " partial_rotary_factor layer_types max_window_layers use_sliding_window sliding_window_pattern mlp_only_layers"
-    " decoder_sparse_step num_experts rotary_dim n_inner query_pre_attn_scalar final_logit_softcapping dtype"
-).split()
+KEYS = [
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "partial_rotary_factor",
+    "layer_types",
+    "max_window_layers",
+    "use_sliding_window",
+    "sliding_window_pattern",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "num_experts",
+    "rotary_dim",
+    "n_inner",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "dtype",
+]
 
 
 @given(

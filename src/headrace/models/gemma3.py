@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from headrace.core.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -26,7 +28,7 @@ from headrace.models.config import (
 from headrace.models.mapping import llama_like_map
 from headrace.models.rope import rope_from_table
 
-NORMS = {
+NORMS: Mapping[str, str] = {
     "pre_attn": "input_layernorm",
     "post_attn": "post_attention_layernorm",
     "pre_mlp": "pre_feedforward_layernorm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from headrace.core.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -17,7 +19,7 @@ from headrace.models import mapping, names
 from headrace.models.config import ACTIVATIONS, ConfigReader, read_sizes
 from headrace.models.rope import read_rope
 
-ROPE_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
+ROPE_KINDS: Mapping[str, str] = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 """Phi-3's words, of which two are old (transformers, `configuration_phi3.py`)."""
 
 

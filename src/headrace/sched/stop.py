@@ -7,8 +7,11 @@ from headrace.sched.sequence import Sequence
 
 
 def stop_reason(sequence: Sequence) -> FinishReason | None:
-    """Why the sequence ends with the token it has just received, or None."""
-    if sequence.num_output >= sequence.request.sampling.min_tokens and sequence.tokens[-1] in sequence.stop_ids:
+    """Why the sequence ends with the token it has just received, or None.
+
+    `min_tokens` needs no word here: until they are out, backends mask every id that would end the sequence.
+    """
+    if sequence.tokens[-1] in sequence.stop_ids:
         return FinishReason.STOP
     if sequence.num_output >= sequence.max_output:
         return FinishReason.LENGTH

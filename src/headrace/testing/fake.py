@@ -106,7 +106,7 @@ class FakeBackend:
         for source, target in plan.copies:
             self._memory[target * size : (target + 1) * size] = self._memory[source * size : (source + 1) * size]
         for step in plan.rows:
-            self._grow(plan, step)
+            self._grow(plan.step, step)
         outs = tuple(self._run(step) for step in plan.rows)
         self.computed_tokens += sum(step.length for step in plan.rows)
         named = frozenset(block for step in plan.rows for block in self._rows[step.row].blocks)
@@ -148,7 +148,7 @@ class FakeBackend:
         self._require(self._rows[row].last_step not in unanswered, f"row {row} released while a step names it (law 3)")
         del self._rows[row]
 
-    def _grow(self, plan: StepPlan, step: RowStep) -> None:
+    def _grow(self, number: int, step: RowStep) -> None:
         """Appends new blocks and checks who else may still use them."""
         self._require(step.row in self._rows, f"row {step.row} is not live")
         row = self._rows[step.row]
@@ -164,7 +164,7 @@ class FakeBackend:
             row.blocks.append(block)
         if row.last_step < 0:
             row.computed = step.start
-        row.last_step = plan.step
+        row.last_step = number
 
     def _run(self, step: RowStep) -> RowOut:
         row = self._rows[step.row]
@@ -182,32 +182,51 @@ class FakeBackend:
         self._require(step.start + step.length <= len(row.token_ids), "computes a token that does not exist")
         self._require(not (step.drafts or step.mask) or not self._answers, "drafts or mask without a commit (law 2)")
         stop = step.start + step.length
-        self._require(len(row.blocks) * size >= stop, f"{len(row.blocks)} blocks for {stop} tokens")
-        written = {row.blocks[position // size] for position in range(step.start, stop)}
-        for other, owner in self._rows.items():
-            self._require(other == step.row or not written & set(owner.blocks), "writes into another row's block")
-        for position in range(step.start, stop):
-            self._memory[row.blocks[position // size] * size + position % size] = (row.token_ids[position], position)
-        row.computed = stop
-        if admit.sampling.temperature > 0 or step.drafts or step.mask or step.logits or admit.images:
+        needed = stop + len(step.drafts)
+        self._require(len(row.blocks) * size >= needed, f"{len(row.blocks)} blocks for {needed} tokens")
+        if admit.sampling.temperature > 0 or step.mask or step.logits or admit.images:
             return RowOut(step.row, error=RowError("unsupported", "the fake backend decodes greedily, without extras"))
-        return self._sample(step, row, stop)
+        for position in range(step.start, stop):
+            self._write(step.row, position, row.token_ids[position])
+        row.computed = stop
+        error = self._check_finite(row, stop)
+        if error is not None or not step.sample:
+            return RowOut(step.row, error=error)
+        self._require(stop == len(row.token_ids), "samples before the last known token")
+        tokens = [self._next(row, stop)]
+        for draft in step.drafts:
+            if draft != tokens[-1]:
+                break
+            self._write(step.row, stop + len(tokens) - 1, draft)
+            row.computed += 1
+            tokens.append(self._next(row, row.computed))
+        row.token_ids += tokens
+        return RowOut(step.row, tuple(tokens), accepted=len(tokens) - 1)
 
-    def _sample(self, step: RowStep, row: _Row, stop: int) -> RowOut:
+    def _write(self, index: int, position: int, token_id: int) -> None:
         size = self._capacity.block_size
-        state = 0
+        block = self._rows[index].blocks[position // size]
+        for other, owner in self._rows.items():
+            self._require(other == index or block not in owner.blocks, "writes into another row's block")
+        self._memory[block * size + position % size] = (token_id, position)
+
+    def _read(self, row: _Row, stop: int) -> list[int]:
+        """The tokens before `stop`, as the row's block table leads to them."""
+        size = self._capacity.block_size
+        found = []
         for position in range(stop):
             held = self._memory[row.blocks[position // size] * size + position % size]
             if held is None or held[1] != position:
-                raise LawViolation(f"position {position} of row {step.row} reads a slot that holds {held}")
-            if held[0] in self._poison:
-                return RowOut(step.row, error=RowError("nan_logits", f"token {held[0]} gives no finite logits"))
-            state = fold(state, position, held[0])
-        if not step.sample:
-            return RowOut(step.row)
-        self._require(stop == len(row.token_ids), "samples before the last known token")
-        token = state % self.vocab_size
+                raise LawViolation(f"position {position} of row {row.admit.row} reads a slot that holds {held}")
+            found.append(held[0])
+        return found
+
+    def _check_finite(self, row: _Row, stop: int) -> RowError | None:
+        sick = self._poison.intersection(self._read(row, stop))
+        return RowError("nan_logits", f"token {min(sick)} gives no finite logits") if sick else None
+
+    def _next(self, row: _Row, stop: int) -> int:
+        token = next_token(self._read(row, stop), self.vocab_size)
         while stop - row.admit.num_prompt < row.admit.sampling.min_tokens and token in row.admit.stop_ids:
             token = (token + 1) % self.vocab_size
-        row.token_ids.append(token)
-        return RowOut(step.row, (token,))
+        return token

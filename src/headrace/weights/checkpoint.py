@@ -126,9 +126,9 @@ class Checkpoint(ABC):
         self.close()
 
 
-def _file_identity(file: SafetensorsFile | GGUFFile, size: int) -> Iterator[bytes]:
+def _file_identity(file: SafetensorsFile | GGUFFile) -> Iterator[bytes]:
     yield file.path.name.encode("utf-8", "surrogateescape")
-    yield size.to_bytes(8, "little")
+    yield file.size.to_bytes(8, "little")
     yield file.header_bytes
     # Rounded up, so that no more than the bound are read.
     for name in file.names[:: -(-len(file.names) // _SAMPLED_TENSORS) or 1]:
@@ -147,6 +147,7 @@ class GGUFCheckpoint(Checkpoint):
         self._file = GGUFFile(path)
         self.config = self._file.metadata
         self.nbytes = self._file.nbytes
+        self._shapes = {name: self._file.shape(name) for name in self._file.names}
         parts = self.config.get("split.count", 1)
         if parts not in (0, 1):
             raise UnsupportedModel(
@@ -157,10 +158,10 @@ class GGUFCheckpoint(Checkpoint):
         return self._file.names
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: self._file.shape(name) for name in self._file.names}
+        return self._shapes
 
     def tensor(self, name: str) -> QTensor:
-        if name not in self._file.names:
+        if name not in self._shapes:
             raise CheckpointError(f"{shorten(self.path.name)}: no tensor {shorten(name)}")
         return self._file.tensor(name)
 
@@ -169,7 +170,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _identity(self) -> Iterator[bytes]:
         yield self.format.encode()
-        yield from _file_identity(self._file, self.path.stat().st_size)
+        yield from _file_identity(self._file)
 
 
 class FolderCheckpoint(Checkpoint):
@@ -214,7 +215,7 @@ class FolderCheckpoint(Checkpoint):
         yield self._config_bytes
         yield self._index_bytes
         for file in self._files.values():
-            yield from _file_identity(file, file.path.stat().st_size)
+            yield from _file_identity(file)
 
     def _read_index(self) -> None:
         self._index_bytes = read_file(self.path / INDEX, MAX_JSON)
@@ -243,7 +244,10 @@ class FolderCheckpoint(Checkpoint):
 
     def _no_weights(self) -> Exception:
         where = shorten(self.path.name)
-        pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        try:
+            pickled = sorted(file.name for file in self.path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        except OSError as error:
+            return CheckpointError(f"folder {where}: cannot be read: {error.strerror}")
         if pickled:
             return UnsupportedModel(
                 f"folder {where}: weights are in {shorten(pickled[0])}, a pickle, which can run code; "
@@ -253,5 +257,8 @@ class FolderCheckpoint(Checkpoint):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens what `locate` found: headers are read and checked, weights are not. Raises CheckpointError, UnsupportedModel."""
+    """Opens what `locate` found: headers are read and checked, weights are not.
+
+    Raises CheckpointError, UnsupportedModel.
+    """
     return FolderCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)

@@ -35,7 +35,8 @@ _NUMBERS: Mapping[int, np.dtype[np.generic]] = MappingProxyType(
     {
         code: np.dtype(kind)
         for code, kind in {
-            0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
+            0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
+            10: "<u8", 11: "<i8", 12: "<f8",
         }.items()
     }
 )  # fmt: skip
@@ -52,7 +53,8 @@ _TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
         17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
         21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
-        34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+        34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+        41: ("Q1_0", 128, 18),
     }
 )  # fmt: skip
 READ_TYPES = tuple(name for name, _, _ in _TYPES.values() if name.lower() in SCHEMES)
@@ -187,6 +189,7 @@ class GGUFFile:
         data_start = -(-cursor.pos // alignment) * alignment
         # Views keep the map alive, so closing only drops this reference.
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(cursor.map, dtype=np.uint8)
+        self.size = self._bytes.size
         self.header_bytes = cursor.map[: cursor.pos]
         self._infos: dict[str, _Info] = {}
         for name, type_id, shape, offset in table:
@@ -239,7 +242,7 @@ class GGUFFile:
             raise UnsupportedModel(f"{self._where}: big-endian GGUF, supported: little-endian")
         if version not in (2, 3):
             raise UnsupportedModel(f"{self._where}: GGUF version {version}, supported: 2 and 3")
-        # The least a tensor takes: name length, count of dims, one dim, type, offset. A key: its length, type, one byte.
+        # The least a tensor takes: name length, count of dims, one dim, type, offset; a key: length, type, one byte.
         num_tensors = cursor.count(32, MAX_TENSORS, "tensor count")
         return num_tensors, cursor.count(13, MAX_KEYS, "key count")
 

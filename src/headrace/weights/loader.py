@@ -1,4 +1,4 @@
-"""The one loader: a checkpoint and a weight map -> the model's tensors. No name or shape is in doubt before bytes move."""
+"""The one loader: checkpoint and weight map -> the model's tensors. Names and shapes are settled before bytes move."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SHOWN = 5
 def stream(checkpoint: Checkpoint, weight_map: WeightMap) -> Iterator[tuple[str, QTensor]]:
     """(target, tensor) for every rule, in the order of the files; packed rows stay packed.
 
-    All names and shapes are checked at the call, before any tensor is read. Raises WeightsMismatch on missing, left-over
-    or doubled names and on shapes; UnsupportedModel, while streaming, on a tensor type that is not read or that the
-    rule's operation cannot work on; ValueError on a rule that makes no sense.
+    All names and shapes are checked at the call, before any tensor is read. Raises WeightsMismatch on missing,
+    left-over or doubled names and on shapes; UnsupportedModel, while streaming, on a tensor type that is not read or
+    that the rule's operation cannot work on; ValueError on a rule that makes no sense.
     """
     shapes = checkpoint.shapes()
     _check_names(shapes, weight_map)

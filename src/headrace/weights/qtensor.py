@@ -26,8 +26,8 @@ def _bf16(planes: Planes) -> NDArray[np.float32]:
 
 def _nibbles(packed: Array) -> NDArray[np.uint8]:
     """(…, 16) bytes -> (…, 32) values: the low nibbles are values 0–15, the high ones 16–31."""
-    packed = packed.astype(np.uint8, copy=False)
-    return np.concatenate((packed & 0x0F, packed >> 4), axis=-1)
+    bytes_ = packed.astype(np.uint8, copy=False)
+    return np.concatenate((bytes_ & np.uint8(0x0F), bytes_ >> np.uint8(4)), axis=-1)
 
 
 def _q4_0(planes: Planes) -> NDArray[np.float32]:
@@ -99,7 +99,10 @@ class QTensor:
 
     @classmethod
     def from_bytes(cls, scheme: str, shape: tuple[int, ...], buffer: Array) -> QTensor:
-        """A flat uint8 array in file order -> views of its planes, without a copy. Raises ValueError on a wrong size."""
+        """A flat uint8 array in file order -> views of its planes, without a copy.
+
+        Raises ValueError on a wrong size.
+        """
         kind = SCHEMES[scheme]
         if kind.group > 1 and not shape:
             raise ValueError(f"{scheme} has groups of {kind.group}: a tensor of shape () cannot hold one")
@@ -131,7 +134,10 @@ class QTensor:
         return self._map(lambda plane: plane[order], (len(order), *self.shape[1:]))
 
     def cols(self, start: int, stop: int) -> QTensor:
-        """Columns [start, stop) of a 2-D tensor, a view. Raises ValueError unless both fall between groups, inside it."""
+        """Columns [start, stop) of a 2-D tensor, a view.
+
+        Raises ValueError unless both fall between groups and inside it.
+        """
         group = SCHEMES[self.scheme].group
         if len(self.shape) != 2 or start % group or stop % group:
             raise ValueError(

@@ -48,7 +48,7 @@ def _is_count(value: object) -> bool:
 
 
 def _bit_count(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bits of a tensor, or None where the product passes 63 bits (zero sizes counted as one, as the format's library)."""
+    """Bits of a tensor, or None where the product passes 63 bits (a size of zero counts as one there)."""
     total = _BITS[dtype]
     for size in shape:
         total *= max(size, 1)
@@ -65,6 +65,7 @@ class SafetensorsFile:
         self._where = shorten(path.name)
         # Views keep the map alive, so closing only drops this reference.
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(map_file(path), dtype=np.uint8)
+        self.size = self._bytes.size
         header = self._header()
         self.header_bytes = header
         parsed = parse_object(header, f"{self._where}: header", unique_keys=True)
@@ -113,7 +114,8 @@ class SafetensorsFile:
         length = int.from_bytes(self._bytes[:8].tobytes(), "little")
         if length > min(MAX_HEADER, size - 8):
             raise CheckpointError(
-                f"{self._where}: header length {length}, allowed: up to {MAX_HEADER} and what the file holds ({size - 8})"
+                f"{self._where}: header length {length}, "
+                f"allowed: up to {MAX_HEADER} and what the file holds ({size - 8})"
             )
         return self._bytes[8 : 8 + length].tobytes()
 

@@ -1,0 +1,186 @@
+"""Teacher forcing: the logits a backend gives along an answer that is already known, and how far two of them are apart.
+
+One backend is loaded at a time, and never more than 64 positions of logits are held: what the method's own precision
+gives waits in a temporary file until the fp32 model gives the same positions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.backends.base import Backend, BackendOptions
+from headrace.compare.verdict import Scored
+from headrace.core.config import ResolvedConfig
+from headrace.core.errors import EngineError, NonFiniteLogits
+from headrace.core.sizing import blocks_for
+from headrace.core.types import Admit, RowStep, SamplingParams, StepPlan
+from headrace.engine.model import OpenModel, create_backend
+from headrace.models.registry import describe
+from headrace.parallel.mesh import Mesh
+from headrace.weights.loader import stream
+
+CHUNK = 64
+"""Positions computed, and held as logits, at once."""
+REFERENCE_BACKEND, REFERENCE_DTYPE = "torch", "float32"
+
+Logits = NDArray[np.float32]
+Known = tuple[tuple[int, ...], tuple[int, ...]]
+"""(prompt, output) in token ids."""
+Load = Callable[[], Backend]
+
+
+def is_reference(config: ResolvedConfig) -> bool:
+    """Whether the methods run in the very arithmetic that the same-model verdict refers to."""
+    return (config.backend, config.dtype) == (REFERENCE_BACKEND, REFERENCE_DTYPE)
+
+
+def loader(opened: OpenModel, backend: str, dtype: str, longest: int) -> Load:
+    """What loads a backend with room for one row of `longest` tokens."""
+    config = opened.config
+    options = BackendOptions(
+        dtype=dtype,
+        threads=config.threads,
+        block_size=config.block_size,
+        num_blocks=blocks_for(longest, config.block_size),
+        max_rows=1,
+        max_tokens=CHUNK,
+        max_model_len=longest,
+    )
+
+    def load() -> Backend:
+        checkpoint = opened.checkpoint
+        weight_map = describe(checkpoint.config, checkpoint.format, checkpoint.shapes()).weight_map
+        loaded = create_backend(backend)
+        try:
+            loaded.load(opened.spec, stream(checkpoint, weight_map), options, Mesh())
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    return load
+
+
+def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | None) -> list[Scored]:
+    """Runs every answer through the method's own arithmetic, then through the reference's.
+
+    `reference` None: the two are one, and one run serves both. Raises EngineError if a backend cannot.
+    """
+    results = [_Parts() for _ in known]
+    with tempfile.TemporaryFile() as spill:
+        with closing(own()) as backend:
+            for parts, logits in _walk(backend, known, block_size, results):
+                parts.margins += margins(logits)
+                if reference is None:
+                    parts.take_reference(logits, [0.0] * len(logits))
+                else:
+                    spill.write(logits.tobytes())
+        if reference is not None:
+            spill.seek(0)
+            with closing(reference()) as backend:
+                for parts, logits in _walk(backend, known, block_size, results):
+                    parts.take_reference(logits, kl_divergence(logits, _read(spill, logits.shape)))
+    return [parts.scored() for parts in results]
+
+
+@dataclass(slots=True)
+class _Parts:
+    """A Scored that grows chunk by chunk."""
+
+    margins: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    argmax: list[int] = field(default_factory=list)
+    fp32_margins: list[float] = field(default_factory=list)
+
+    def take_reference(self, logits: Logits, kl: Sequence[float]) -> None:
+        self.kl += kl
+        self.argmax += [int(token) for token in logits.argmax(axis=1)]
+        self.fp32_margins += margins(logits)
+
+    def scored(self) -> Scored:
+        return Scored(tuple(self.margins), tuple(self.kl), tuple(self.argmax), tuple(self.fp32_margins))
+
+
+def _read(spill: IO[bytes], shape: tuple[int, ...]) -> Logits:
+    count = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+    return np.frombuffer(spill.read(count), dtype=np.float32).reshape(shape)
+
+
+def _walk(
+    backend: Backend, known: Sequence[Known], block_size: int, results: Sequence[_Parts]
+) -> Iterator[tuple[_Parts, Logits]]:
+    step = 0
+    for index, (prompt, output) in enumerate(known):
+        for plan in plans(prompt, output, block_size, step, release=index > 0):
+            step = plan.step + 1
+            backend.submit(plan)
+            (out,) = backend.result().rows
+            if out.error is not None:
+                raise EngineError(f"scoring answer {index + 1} failed ({out.error.code}): {out.error.message}")
+            if plan.rows[0].logits:
+                yield results[index], _checked(out.logits, plan.rows[0].length, index)
+
+
+def _checked(logits: Any, length: int, index: int) -> Logits:
+    found = np.asarray(logits, dtype=np.float32)
+    if found.ndim != 2 or found.shape[0] != length:
+        raise EngineError(f"scoring answer {index + 1}: got logits of shape {found.shape} for {length} positions")
+    if not np.isfinite(found).all():
+        raise NonFiniteLogits(f"scoring answer {index + 1}: logits that are not finite")
+    return found
+
+
+def plans(
+    prompt: Sequence[int], output: Sequence[int], block_size: int, first_step: int, release: bool
+) -> Iterator[StepPlan]:
+    """Plans that compute prompt and output in row 0, with logits at the positions that foretell the output.
+
+    Token i of the output is foretold at position len(prompt) - 1 + i. `release`: row 0 holds an older answer.
+    """
+    token_ids = (*prompt, *output)
+    known_stop, stop = len(prompt) - 1, len(token_ids) - 1
+    edges = [(start, min(start + CHUNK, known_stop), False) for start in range(0, known_stop, CHUNK)]
+    edges += [(start, min(start + CHUNK, stop), True) for start in range(known_stop, stop, CHUNK)]
+    blocks = 0
+    for number, (start, end, wanted) in enumerate(edges):
+        needed = blocks_for(end, block_size)
+        row = RowStep(0, start, end - start, new_blocks=tuple(range(blocks, needed)), logits=wanted)
+        blocks = needed
+        if number:
+            yield StepPlan(first_step + number, (row,))
+        else:
+            admit = Admit(0, token_ids, len(prompt), SamplingParams())
+            yield StepPlan(first_step, (row,), (admit,), (0,) if release else ())
+
+
+def kl_divergence(logits_p: Logits, logits_q: Logits) -> list[float]:
+    """KL(p ‖ q) = Σ p (log p - log q) in nats, a value a position; logits (positions, vocabulary), summed in float64.
+
+    Never negative: what rounding leaves below zero is zero.
+    """
+    values = []
+    for row_p, row_q in zip(logits_p, logits_q, strict=True):
+        log_p, log_q = _log_softmax(row_p), _log_softmax(row_q)
+        values.append(max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q)))))
+    return values
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - float(logits.max())
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def margins(logits: Logits) -> list[float]:
+    """Largest logit minus the second largest, a value a position; infinite never: one token alone has margin 0."""
+    if logits.shape[1] < 2:
+        return [0.0] * len(logits)
+    best = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
+    return [float(value) for value in best[:, 1] - best[:, 0]]

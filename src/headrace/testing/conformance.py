@@ -1,0 +1,187 @@
+"""What every backend must do (docs/CONTRACTS.md §1), as a pytest class.
+
+    class TestMyBackend(BackendConformance):
+        @pytest.fixture
+        def driver(self): ...          # a loaded backend: ≥ 48 blocks, ≥ 8 rows, ≥ 48 tokens a step
+        vocab_size = 61                # ids below it may be asked for
+
+The oracle is the backend itself, run in the plainest way: one request, one chunk, one token a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from headrace.core.types import RowOut, SamplingParams
+from headrace.testing.driver import Driver
+
+
+class BackendConformance:
+    """Subclass it and give it the fixture `driver`."""
+
+    vocab_size: int = 61
+    poison_id: int
+    """An id that makes its row fail (its embedding is NaN, say) and that the model does not generate."""
+
+    @pytest.fixture
+    def driver(self) -> Driver:
+        raise NotImplementedError("a conformance test needs its own `driver` fixture")
+
+    def prompt(self, length: int, seed: int = 1) -> list[int]:
+        """Token ids, the same for the same arguments, none of them `poison_id`."""
+        ids = [(seed * 17 + 13 * i * i + 5 * i) % self.vocab_size for i in range(length)]
+        return [(i + 1) % self.vocab_size if i == self.poison_id else i for i in ids]
+
+    def safe(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Generated tokens, all usable as prompt. Fails if the model itself came upon the poison."""
+        assert self.poison_id not in tokens, "choose another poison_id: the model generates this one"
+        return tokens
+
+    def test_the_same_tokens_in_any_chunks(self, driver: Driver) -> None:
+        prompt = self.prompt(29)
+        whole = self.safe(driver.generate(prompt, 8))
+        for chunk in (1, 3, 7, 16, 28):
+            assert driver.generate(prompt, 8, chunk) == whole
+
+    def test_the_same_tokens_in_company(self, driver: Driver) -> None:
+        prompts = [self.prompt(length, seed) for seed, length in enumerate((3, 1, 17, 9, 5))]
+        alone = [self.safe(driver.generate(prompt, 6)) for prompt in prompts]
+        rows = [driver.admit(prompt) for prompt in prompts]
+        first = driver.run(*(driver.span(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)))
+        rest = driver.decode(rows, 5)
+        assert [[*first[row].tokens, *rest[row]] for row in rows] == alone
+
+    def test_mixed_spans_in_one_step(self, driver: Driver) -> None:
+        decoding, prefilling = self.prompt(6, 2), self.prompt(21, 3)
+        expected = self.safe(driver.generate(decoding, 4)), self.safe(driver.generate(prefilling, 1))
+        a, b = driver.admit(decoding), driver.admit(prefilling)
+        tokens = list(driver.prefill(a, 6).tokens)
+        for size in (8, 8, 5):
+            outs = driver.run(driver.span(a, 1), driver.span(b, size, sample=size == 5))
+            tokens += outs[a].tokens
+        assert (tokens, list(outs[b].tokens)) == (list(expected[0]), list(expected[1]))
+
+    def test_nothing_is_sampled_unless_asked(self, driver: Driver) -> None:
+        row = driver.admit(self.prompt(9))
+        assert driver.run(driver.span(row, 4, sample=False))[row] == RowOut(row)
+        assert len(driver.run(driver.span(row, 5))[row].tokens) == 1
+
+    def test_results_answer_plans_in_order_and_rows_in_plan_order(self, driver: Driver) -> None:
+        rows = [driver.admit(self.prompt(3, seed)) for seed in range(4)][::-1]
+        driver.submit(*(driver.span(row, 3) for row in rows))
+        result = driver.backend.result()
+        assert result.step == 0 and [out.row for out in result.rows] == rows
+
+    def test_a_step_may_name_a_token_that_is_still_being_sampled(self, driver: Driver) -> None:
+        prompt = self.prompt(7)
+        expected = self.safe(driver.generate(prompt, 6))
+        row = driver.admit(prompt)
+        depth = driver.backend.depth
+        tokens: list[int] = []
+        steps = [7, 1, 1, 1, 1, 1]
+        for index, length in enumerate(steps):
+            driver.submit(driver.span(row, length))
+            if index >= depth - 1:
+                tokens += driver.result()[row].tokens
+        for _ in range(depth - 1):
+            tokens += driver.result()[row].tokens
+        assert tokens == list(expected)
+
+    def test_a_prefix_hit_changes_nothing(self, driver: Driver) -> None:
+        size = driver.capacity.block_size
+        shared = self.prompt(2 * size, 4)
+        first, second = [*shared, *self.prompt(3, 5)], [*shared, *self.prompt(5, 6)]
+        expected = self.safe(driver.generate(second, 6))
+        owner = driver.admit(first)
+        driver.prefill(owner, len(first))
+        blocks = driver.rows[owner].blocks[:2]
+        row = driver.admit(second, shared=blocks)
+        outs = driver.run(driver.span(owner, 1), driver.span(row, 5))
+        tokens = [*outs[row].tokens, *driver.decode([row], 5)[row]]
+        assert tokens == list(expected)
+
+    def test_release_and_admit_in_one_plan(self, driver: Driver) -> None:
+        a, b = self.prompt(5, 1), self.prompt(8, 2)
+        expected = self.safe(driver.generate(b, 5))
+        row = driver.admit(a, row=3)
+        driver.prefill(row, 5)
+        driver.release(row)
+        again = driver.admit(b, row=3)
+        tokens = [*driver.prefill(again, 8).tokens, *driver.decode([again], 4)[again]]
+        assert tokens == list(expected)
+
+    def test_a_preempted_request_goes_on_as_if_nothing_had_been(self, driver: Driver) -> None:
+        prompt = self.prompt(10, 3)
+        expected = self.safe(driver.generate(prompt, 9))
+        row = driver.admit(prompt)
+        tokens = [*driver.prefill(row, 10).tokens, *driver.decode([row], 3)[row]]
+        driver.release(row)
+        other = driver.admit(self.prompt(20, 9))
+        driver.prefill(other, 20)
+        row = driver.admit([*prompt, *tokens], num_prompt=len(prompt))
+        tokens += driver.prefill(row, len(prompt) + 4, chunk=6).tokens
+        tokens += driver.decode([row], 4)[row]
+        assert tokens == list(expected)
+
+    def test_reused_blocks_hold_nothing_of_their_past(self, driver: Driver) -> None:
+        prompt = self.prompt(driver.capacity.block_size + 1, 7)
+        expected = self.safe(driver.generate(prompt, 4))
+        for seed in range(6):
+            driver.generate(self.prompt(40, seed), 2)
+            assert driver.generate(prompt, 4) == list(expected)
+
+    def test_copied_blocks_are_as_good_as_the_originals(self, driver: Driver) -> None:
+        size = driver.capacity.block_size
+        prompt = self.prompt(2 * size + 3, 8)
+        expected = self.safe(driver.generate(prompt, 5))
+        owner = driver.admit(prompt)
+        driver.prefill(owner, len(prompt))
+        copies = [driver.free_blocks.pop(), driver.free_blocks.pop()]
+        for source, target in zip(driver.rows[owner].blocks[:2], copies, strict=True):
+            driver.copy(source, target)
+        driver.release(owner, reuse=False)
+        row = driver.admit(prompt, shared=copies)
+        tokens = [*driver.run(driver.span(row, 3))[row].tokens, *driver.decode([row], 4)[row]]
+        assert tokens == list(expected)
+
+    def test_drafts_are_accepted_while_right(self, driver: Driver) -> None:
+        prompt = self.prompt(6, 5)
+        expected = list(self.safe(driver.generate(prompt, 10)))
+        for right in (0, 1, 3):
+            row = driver.admit(prompt)
+            tokens = list(driver.prefill(row, 6).tokens)
+            wrong = (expected[1 + right] + 1) % self.vocab_size
+            drafts = [*expected[1 : 1 + right], *([wrong, wrong] if right < 3 else [])]
+            out = driver.run(driver.span(row, 1, drafts=drafts))[row]
+            assert out.error is None and out.accepted == right
+            assert list(out.tokens) == expected[1 : 2 + right]
+            tokens += out.tokens
+            tokens += driver.decode([row], 10 - len(tokens))[row]
+            assert tokens == expected, "what was rejected leaves no trace"
+            driver.release(row)
+
+    def test_min_tokens_masks_what_would_end_the_answer(self, driver: Driver) -> None:
+        prompt = self.prompt(4, 6)
+        plain = self.safe(driver.generate(prompt, 1))
+        row = driver.admit(prompt, stop_ids=frozenset(plain))
+        assert list(driver.prefill(row, 4).tokens) == list(plain), "no mask without min_tokens"
+        driver.release(row)
+        row = driver.admit(prompt, SamplingParams(min_tokens=2), stop_ids=frozenset(plain))
+        tokens = [*driver.prefill(row, 4).tokens, *driver.decode([row], 1)[row]]
+        assert not set(tokens) & set(plain)
+
+    def test_a_failing_row_fails_alone(self, driver: Driver) -> None:
+        good = self.prompt(9, 2)
+        expected = list(self.safe(driver.generate(good, 6)))
+        row = driver.admit(good)
+        sick = driver.admit([1, self.poison_id, 2])
+        outs = driver.run(driver.span(row, 9), driver.span(sick, 3))
+        assert outs[sick].error is not None and outs[sick].tokens == ()
+        tokens = list(outs[row].tokens)
+        driver.release(sick)
+        nurse = driver.admit(self.prompt(3, 3))
+        tokens += driver.run(driver.span(row, 1), driver.span(nurse, 3))[row].tokens
+        tokens += driver.decode([row, nurse], 4)[row]
+        assert tokens == expected

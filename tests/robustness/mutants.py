@@ -1,0 +1,226 @@
+"""Deliberate bugs in the scheduler, block pool and prefix cache: does the property test notice each one?
+
+    python -m tests.robustness.mutants        # `make robustness`
+
+Each mutant is one edit in a scratch copy of the package; the random walks and the engine's tests run against it. A
+mutant that nothing notices is printed and makes the run fail, unless fewer than ALLOWED_SURVIVORS survive.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = tuple(f"tests/unit/test_{name}.py" for name in ("sched_parts", "engine", "scheduler_properties"))
+ALLOWED_SURVIVORS = 2
+TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Mutant:
+    bug: str
+    file: str
+    before: str
+    after: str
+
+
+SCHEDULER, BLOCKS, PREFIX, POLICY, STOP, SEQUENCE = (
+    f"sched/{name}.py" for name in ("scheduler", "blocks", "prefix", "policy", "stop", "sequence")
+)
+MUTANTS = (
+    Mutant(
+        "blocks come back while a step in flight still names them",
+        SCHEDULER,
+        "(sequence)\n        if sequence.steps_in_flight == 0:\n            self._give_back(sequence)",
+        "(sequence)\n        self._give_back(sequence)",
+    ),
+    Mutant("a finished row is never released", SCHEDULER, "        self._release.append(sequence.row)\n", ""),
+    Mutant("blocks of a finished request are lost", SCHEDULER, "        self._pool.release(sequence.blocks)\n", ""),
+    Mutant(
+        "a block is published one token too early",
+        SCHEDULER,
+        "* size <= sequence.num_computed:",
+        "* size <= sequence.num_computed + 1:",
+    ),
+    Mutant(
+        "blocks are published at plan time, not at commit",
+        SCHEDULER,
+        "        sequence.num_planned = stop\n",
+        "        sequence.num_planned = sequence.num_computed = stop\n        self._publish(sequence)\n",
+    ),
+    Mutant(
+        "a preempted request goes to the end of the queue",
+        SCHEDULER,
+        "sequence.status = Status.WAITING\n            insort(self._waiting, sequence, key=lambda s: s.place)",
+        "sequence.status = Status.WAITING\n            self._waiting.append(sequence)",
+    ),
+    Mutant(
+        "a failed row's answer goes on",
+        SCHEDULER,
+        "            self._end(sequence, ErrorEvent(sequence.request.id, out.error.code, out.error.message, now_s))\n"
+        "            return",
+        "            return",
+    ),
+    Mutant(
+        "tokens after the end are still delivered",
+        SCHEDULER,
+        "            if not sequence.ended:\n                self._commit_row",
+        "            if True:\n                self._commit_row",
+    ),
+    Mutant("the budget is counted per row, not per step", SCHEDULER, "                budget -= fits\n", ""),
+    Mutant(
+        "the oldest row loses its blocks instead of the youngest",
+        SCHEDULER,
+        "                youngest = todo.pop()",
+        "                youngest = todo.popleft()",
+    ),
+    Mutant(
+        "cached blocks are used without taking hold of them",
+        SCHEDULER,
+        "        for block in cached:\n            self._pool.share(block)\n",
+        "",
+    ),
+    Mutant(
+        "a prefix hit skips one block too many",
+        SCHEDULER,
+        "sequence.num_planned = sequence.num_computed = len(cached) * self._capacity.block_size",
+        "sequence.num_planned = sequence.num_computed = len(cached) * self._capacity.block_size + bool(cached)",
+    ),
+    Mutant(
+        "an answer may be one token too long",
+        STOP,
+        "sequence.num_output >= sequence.max_output",
+        "sequence.num_output > sequence.max_output",
+    ),
+    Mutant(
+        "the backend is not told what to mask until min_tokens are out",
+        SCHEDULER,
+        "            stop_ids=sequence.stop_ids,\n            images",
+        "            stop_ids=frozenset(),\n            images",
+    ),
+    Mutant(
+        "max_tokens is not cut to the context",
+        SCHEDULER,
+        "min(sampling.max_tokens, room)",
+        "sampling.max_tokens",
+    ),
+    Mutant(
+        "ignore_eos is ignored",
+        SCHEDULER,
+        "(frozenset() if sampling.ignore_eos else self._eos_ids)",
+        "self._eos_ids",
+    ),
+    Mutant(
+        "the salt is left out of the key",
+        PREFIX,
+        "self._identity, salt.encode()",
+        'self._identity, b""',
+    ),
+    Mutant(
+        "a block's key forgets what came before it",
+        PREFIX,
+        "        digest = sha256(parent)\n",
+        "        digest = sha256()\n",
+    ),
+    Mutant(
+        "a full hit leaves no token to compute",
+        PREFIX,
+        "range(0, len(token_ids) - size, size)",
+        "range(0, len(token_ids) - size + 1, size)",
+    ),
+    Mutant(
+        "an evicted block can still be found",
+        PREFIX,
+        "        del self._by_key[self._by_block.pop(block).key]",
+        "        pass",
+    ),
+    Mutant(
+        "a block with holders is freed",
+        BLOCKS,
+        "            if self._refs[block] == 0:\n                if block in self._kept",
+        "            if self._refs[block] <= 1:\n                if block in self._kept",
+    ),
+    Mutant(
+        "a shared idle block stays in the idle list",
+        BLOCKS,
+        "        if self._refs[block] == 0:\n            del self._idle[block]\n",
+        "",
+    ),
+    Mutant(
+        "the last wanted token is computed for nothing",
+        SEQUENCE,
+        "self.num_output + self.sampling_in_flight >= self.max_output",
+        "self.num_output >= self.max_output",
+    ),
+    Mutant(
+        "serial lets two in",
+        POLICY,
+        'StaticBatch("serial", 1)',
+        'StaticBatch("serial", 2)',
+    ),
+    Mutant(
+        "a static batch is topped up while it runs",
+        POLICY,
+        "        if active == 0:\n            self._left = min(self.size, waiting)",
+        "        self._left = min(self.size - active, waiting)",
+    ),
+    Mutant(
+        "the window never closes",
+        POLICY,
+        "waiting if now_s >= oldest_arrival_s + self.window_s else 0",
+        "0",
+    ),
+    Mutant(
+        "an aborted request keeps its place in the queue",
+        SCHEDULER,
+        "            self._waiting.remove(sequence)\n            sequence.status = Status.ENDED",
+        "            sequence.status = Status.ENDED",
+    ),
+    Mutant(
+        "joining ignores whether there is room",
+        SCHEDULER,
+        "            if not self._room_for(sequence, cached):\n                break\n",
+        "",
+    ),
+)
+
+
+def noticed(mutant: Mutant) -> str | None:
+    """The first complaint of the tests about the mutant, or None."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "src"
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        target = copy / "headrace" / mutant.file
+        source = target.read_text(encoding="utf-8")
+        if source.count(mutant.before) != 1:
+            raise SystemExit(f"{mutant.file} holds {source.count(mutant.before)} times: {mutant.before!r}")
+        target.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
+        code = f"import sys, pytest; sys.path.insert(0, {str(copy)!r}); sys.exit(pytest.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *TESTS]
+        try:
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "ran without end"
+        if run.returncode == 0:
+            return None
+        lines = [line for line in run.stdout.splitlines() if "Error" in line or "Violation" in line or "assert" in line]
+        return (lines or run.stdout.splitlines()[-1:] or ["?"])[0].rsplit("/", 1)[-1][:110]
+
+
+def main() -> int:
+    survivors = 0
+    for mutant in MUTANTS:
+        complaint = noticed(mutant)
+        survivors += complaint is None
+        print(f"{'SURVIVED' if complaint is None else 'caught  '}  {mutant.bug}: {complaint or ''}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} deliberate bugs caught")
+    return int(survivors > ALLOWED_SURVIVORS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
