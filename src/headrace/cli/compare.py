@@ -1,4 +1,4 @@
-"""Run the same questions under every method, one loaded model for all: whether the tokens are the same, and the times."""
+"""Run the same questions under every method on one loaded model: are the tokens the same, how long does each take?"""
 
 from __future__ import annotations
 

@@ -26,20 +26,18 @@ def advise(methods: Sequence[MethodResult], bound: float) -> Advice:
     others = methods[1:]
     rounds = len(base.rounds)
     if not others:
-        return Advice(
-            base.name,
-            f"{base.name}, measured alone",
-            (f"Only {base.name} was run: there is nothing to compare it with.",),
-        )
+        said = f"Only {base.name} was run: there is nothing to compare it with."
+        return Advice(base.name, f"{base.name}, measured alone", (said,))
     different = [one for one in others if not one.identical]
     dropped = tuple(f"{one.name} is out: its tokens differ from {base.name}'s ({one.divergence})." for one in different)
     if any(one.timing.claim is Claim.TOO_FEW for one in others):
         quickest = min(others, key=lambda one: one.timing.spread.median)
-        measured = f"{quickest.name} measured {quickest.timing.ratio.median:.2f} times {base.name}'s speed"
-        said = f"No advice: {rounds} {plural(rounds, 'round')} cannot tell methods apart ({measured}); use --repeats 3 or more."
-        return Advice(
-            base.name, f"{rounds} {plural(rounds, 'round')}: too few to tell the methods apart", (said, *dropped)
+        counted = f"{rounds} {plural(rounds, 'round')}"
+        said = (
+            f"No advice: {counted} cannot tell methods apart ({quickest.name} measured "
+            f"{quickest.timing.ratio.median:.2f} times {base.name}'s speed); use --repeats 3 or more."
         )
+        return Advice(base.name, f"{counted}: too few to tell the methods apart", (said, *dropped))
     faster = [one for one in others if one.identical and one.timing.claim is Claim.FASTER]
     if not faster:
         passed = [one for one in others if one.identical]
@@ -86,7 +84,8 @@ def measured_text(comparison: Comparison) -> str:
         f"Measured: {comparison.model_name}, {config.backend} backend, {config.dtype}, "
         f"{config.threads} {plural(config.threads, 'thread')}; {len(workload.prompts)} questions that arrive together, "
         f"greedy, up to {workload.max_tokens} output tokens each; {count} {plural(count, 'round')} in rotated order "
-        f"after a warm-up of {warm_up} tokens; prefix cache off. Loading took {comparison.load_s:.1f} s and is not counted."
+        f"after a warm-up of {warm_up} tokens; prefix cache off. Loading took {comparison.load_s:.1f} s and is "
+        "not counted."
     )
 
 
@@ -95,8 +94,8 @@ def model_text(comparison: Comparison) -> str:
     config = comparison.config
     if comparison.one_scoring:
         return (
-            f"Same model: {config.backend} {config.dtype} is the fp32 reference itself, so one teacher-forced run served "
-            "both sides and KL is 0 by definition; top-1 says whether every token was its likeliest."
+            f"Same model: {config.backend} {config.dtype} is the fp32 reference itself, so one teacher-forced run "
+            "served both sides and KL is 0 by definition; top-1 says whether every token was its likeliest."
         )
     return (
         "Same model: every answer teacher-forced through the torch float32 backend and through "

@@ -54,7 +54,7 @@ def seconds_chart(comparison: Comparison) -> str:
 
 
 def timeline_chart(comparison: Comparison) -> str:
-    """One round of every method, a bar a question: waiting and prompt pale, answering strong, the first token marked."""
+    """One round of every method, a bar a question: waiting and prompt pale, answering strong, first token marked."""
     rounds = [(result.name, median_round(result)) for result in comparison.methods]
     scale = _Scale(max(request.end_s for _, outcome in rounds for request in outcome.requests))
     parts: list[str] = []

@@ -54,14 +54,12 @@ def _safe(text: object) -> str:
 
 
 def _cell(text: object, kind: str = "") -> str:
-    return f'<td class="{kind}">{_safe(text)}</td>' if kind else f"<td>{_safe(text)}</td>"
+    return f'<td class="{kind}">{_safe(text)}</td>'
 
 
 def _grid(head: Sequence[tuple[str, str]], rows: Sequence[str]) -> str:
     """A table; `head`: (heading, class)."""
-    cells = "".join(
-        f'<th class="{kind}">{_safe(text)}</th>' if kind else f"<th>{_safe(text)}</th>" for text, kind in head
-    )
+    cells = "".join(f'<th class="{kind}">{_safe(text)}</th>' for text, kind in head)
     body = "".join(f"<tr>{row}</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
 
@@ -179,16 +177,16 @@ def _method(comparison: Comparison) -> str:
         *(f"{result.name}: {result.description}." for result in comparison.methods),
         f"A warm-up run of up to {min(WARM_UP_TOKENS, workload.max_tokens)} tokens an answer for each method is not "
         "counted. Each round runs every method once, beginning with another one each time.",
-        "× serial is paired: serial's seconds divided by the method's in the same round. Faster or slower is said only "
-        "if every round says so, and so clearly that two equal methods would look like it in at most 5 % of comparisons "
-        "(five rounds by their pairs; three or four if the times do not overlap at all).",
+        "× serial is paired: serial's seconds divided by the method's in the same round. Faster or slower is said "
+        "only if every round says so, and so clearly that two equal methods would look like it in at most 5 % of "
+        "comparisons (five rounds by their pairs; three or four if the times do not overlap at all).",
         f"What the pairs say: {claims}." if claims else "Only one method was run.",
         "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend and "
         "precision.",
         model_text(comparison),
-        f"Batching bound: Σ lengths / max length of serial's answers is {comparison.bound:.2f}. So much faster than one "
-        "by one can a batch of all of them be, where a step takes as long for many rows as for one (a decode bound by "
-        "memory traffic) and prompts cost nothing.",
+        f"Batching bound: Σ lengths / max length of serial's answers is {comparison.bound:.2f}. So much faster than "
+        "one by one can a batch of all of them be, where a step takes as long for many rows as for one (a decode bound "
+        "by memory traffic) and prompts cost nothing.",
     )
     return "<h2>How it was measured</h2>\n<ul>\n" + "".join(f"<li>{_safe(point)}</li>\n" for point in points) + "</ul>"
 
@@ -206,6 +204,6 @@ def _study(comparison: Comparison) -> str:
         "<p>The NVLM acceleration study (Open Hackathon, December 2024) put these questions to NVLM-D-72B on six A100 "
         "GPUs. Ratios, never seconds: model, machine and answer lengths are others.</p>\n"
         f"{_grid(head, rows)}\n"
-        '<p class="note">The study does not state its answers\' lengths. Its vLLM row does not state model, precision or '
-        "number of GPUs either; batching four questions alone can give 4 at most.</p>"
+        "<p class='note'>The study does not state its answers' lengths. Its vLLM row does not state model, precision "
+        "or number of GPUs either; batching four questions alone can give 4 at most.</p>"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from datetime import UTC, datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from headrace.compare.machine import Machine, probe_machine

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.core.types import Request, SamplingParams
-from headrace.engine.model import OpenModel
+
+if TYPE_CHECKING:
+    from headrace.engine.model import OpenModel, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,6 @@ def text4(opened: OpenModel, max_tokens: int) -> Workload:
     templated = opened.tokenizer.chat_template is not None
     requests: list[Request] = []
     for number, question in enumerate(TEXT4, 1):
-        prompt = [{"role": "user", "content": question.text}] if templated else question.text
+        prompt: Prompt = [{"role": "user", "content": question.text}] if templated else question.text
         requests.append(opened.request(f"question {number}", prompt, sampling))
     return Workload("text4", TEXT4, tuple(request.token_ids for request in requests), max_tokens, templated)

@@ -83,6 +83,8 @@ class OpenModel:
         """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
         began = time.monotonic()
         config = self.config
+        # Names and shapes are compared here, before a backend is imported.
+        tensors = stream(self.checkpoint, self._weight_map)
         backend = create_backend(config.backend)
         options = BackendOptions(
             dtype=config.dtype,
@@ -94,7 +96,7 @@ class OpenModel:
             max_model_len=config.max_model_len,
         )
         try:
-            capacity = backend.load(self.spec, stream(self.checkpoint, self._weight_map), options, Mesh())
+            capacity = backend.load(self.spec, tensors, options, Mesh())
         except BaseException:
             backend.close()
             raise

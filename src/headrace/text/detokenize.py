@@ -140,13 +140,13 @@ class Detokenizer:
             return ""
         decoder = self._tokenizer.raw.decoder
         if self._rules.kind == "fused":
-            return decoder.decode([_ANCHOR, *tokens])[len(decoder.decode([_ANCHOR])) :]
+            return str(decoder.decode([_ANCHOR, *tokens]))[len(decoder.decode([_ANCHOR])) :]
         first, self._at_start = self._at_start, False
         if decoder is None:
             return ("" if first else " ") + " ".join(tokens)
         if first:
-            return decoder.decode(list(tokens))
-        return decoder.decode([_ANCHOR, *tokens])[len(_ANCHOR) :]
+            return str(decoder.decode(list(tokens)))
+        return str(decoder.decode([_ANCHOR, *tokens]))[len(_ANCHOR) :]
 
     def _cut(self, text: str) -> str:
         """Without the spaces that the decoder strips from the start of the whole text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
@@ -52,9 +52,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(
-                f"text: a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start} is not valid Unicode"
-            ) from None
+            surrogate = f"a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}"
+            raise RequestError(f"text: {surrogate} is not valid Unicode") from None
         ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -76,7 +75,7 @@ class Tokenizer:
         skipped = self._special if skip_special_tokens else frozenset[str]()
         return [token for token in tokens if token is not None and token not in skipped]
 
-    def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: Any) -> list[int]:
         """Token ids of a conversation: the template writes the special tokens. Arguments of `ChatTemplate.render`.
 
         Raises InvalidParameter, TemplateError.
@@ -99,7 +98,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def _read_folder(folder: Path, config: Mapping[str, object]) -> TokenizerParts:
     raw = _read_raw(folder)
     # As transformers: special_tokens_map.json is the older place of the names, tokenizer_config.json wins.
-    settings = {**_optional_json(folder / "special_tokens_map.json"), **_optional_json(folder / "tokenizer_config.json")}
+    settings = {
+        **_optional_json(folder / "special_tokens_map.json"),
+        **_optional_json(folder / "tokenizer_config.json"),
+    }
     named = {key: token for key in (*_NAMED, *_OTHER_NAMED) if (token := _token(settings.get(key), key)) is not None}
     _add_tokens(raw, settings, named)
     strings = {key: token.content for key, token in named.items()}
@@ -224,5 +226,7 @@ def _read_template(folder: Path, settings: Mapping[str, object]) -> str | None:
         named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
         template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{name}: chat_template is {shorten(template)}, allowed: a string or a list of named ones")
+        raise CheckpointError(
+            f"{name}: chat_template is {shorten(template)}, allowed: a string or a list of named ones"
+        )
     return template

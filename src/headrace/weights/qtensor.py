@@ -143,6 +143,8 @@ class QTensor:
             raise ValueError(
                 f"columns {start}:{stop} of {self.scheme} {self.shape} do not fall between groups of {group}"
             )
+        if not 0 <= start <= stop <= self.shape[1]:
+            raise ValueError(f"columns {start}:{stop} are not inside the {self.shape[1]} of {self.scheme} {self.shape}")
         return self._map(lambda plane: plane[:, start // group : stop // group], (self.shape[0], stop - start))
 
     @staticmethod

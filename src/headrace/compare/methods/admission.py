@@ -63,6 +63,8 @@ class AdmissionMethod:
         finally:
             for request_id in live:
                 client.abort(request_id)
+            while live and client.poll():
+                pass
         return Outcome(
             requests=tuple(done[request_id] for request_id in ids),
             seconds=self._clock() - began_s,

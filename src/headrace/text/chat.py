@@ -1,0 +1,135 @@
+"""Chat templates: messages in, the model's prompt text out. A template is untrusted: it runs in a sandbox."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from headrace.core.errors import InvalidParameter, TemplateError
+
+MAX_OUTPUT = 4 * 2**20
+"""Most characters a template may write."""
+_MAX_DEPTH = 64
+_TAKES_PARTS = re.compile(
+    r"""content(['"]\s*\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)|in\s+(\w+(\.|\[\s*['"]))?content\b"""
+)
+"""A template that asks what content is, or loops over it, reads a list of parts; others take a string."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Rendered as transformers does: blocks are trimmed, `tojson` keeps Unicode, `raise_exception`, `strftime_now`,
+    `{% break %}` and `{% generation %}` are known. Raises TemplateError if the source is not a template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        from headrace.text.sandbox import compile_template  # jinja2 costs 30 ms: only where a template is used
+
+        self._special_tokens = dict(special_tokens)
+        self._takes_parts = _TAKES_PARTS.search(source) is not None
+        try:
+            self._template = compile_template(source, MAX_OUTPUT)
+        except Exception as error:
+            raise TemplateError(f"the chat template cannot be read: {_one_line(error)}") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        **kwargs: object,
+    ) -> str:
+        """The prompt text of a conversation; `kwargs` are more variables for the template (`enable_thinking=False`).
+
+        Raises InvalidParameter (messages, tools, a variable), TemplateError (the template refuses or fails).
+        """
+        if not isinstance(add_generation_prompt, bool):
+            raise InvalidParameter("add_generation_prompt", add_generation_prompt, "true or false")
+        plain = [self._content(message) for message in _check_messages(messages)]
+        variables = {key: _plain(value, key) for key, value in kwargs.items()}
+        try:
+            chunks = self._template.generate(
+                {
+                    "documents": None,
+                    **self._special_tokens,
+                    **variables,
+                    "messages": plain,
+                    "tools": _check_tools(tools),
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+            out: list[str] = []
+            left = MAX_OUTPUT
+            for chunk in chunks:
+                left -= len(chunk)
+                if left < 0:
+                    raise TemplateError(f"the chat template writes more than {MAX_OUTPUT} characters")
+                out.append(chunk)
+        except (TemplateError, InvalidParameter):
+            raise
+        except Exception as error:
+            raise TemplateError(f"the chat template failed: {_one_line(error)}") from None
+        return "".join(out)
+
+    def _content(self, message: dict[str, object]) -> dict[str, object]:
+        content = message.get("content")
+        if isinstance(content, list) and not self._takes_parts:
+            return {**message, "content": "\n".join(part["text"] for part in content)}
+        return message
+
+
+def _check_messages(messages: object) -> list[dict[str, object]]:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InvalidParameter("messages", messages, "a list of at least one message")
+    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_message(message: object, where: str) -> dict[str, object]:
+    if not isinstance(message, Mapping):
+        raise InvalidParameter(where, message, "an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise InvalidParameter(f"{where}.role", role, "a string such as system, user or assistant")
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        for i, part in enumerate(content):
+            _check_part(part, f"{where}.content[{i}]")
+    elif content is not None and not isinstance(content, str):
+        raise InvalidParameter(f"{where}.content", content, "a string, null or a list of text parts")
+    plain = _plain(dict(message), where)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _check_part(part: object, where: str) -> None:
+    if not isinstance(part, Mapping):
+        raise InvalidParameter(where, part, "an object with type and text")
+    if part.get("type") != "text":
+        raise InvalidParameter(f"{where}.type", part.get("type"), "text")
+    if not isinstance(part.get("text"), str):
+        raise InvalidParameter(f"{where}.text", part.get("text"), "a string")
+
+
+def _check_tools(tools: object) -> object:
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise InvalidParameter("tools", tools, "a list of objects")
+    return _plain(tools, "tools")
+
+
+def _plain(value: object, where: str, depth: int = 0) -> object:
+    """A copy in JSON's types: the template gets no object with methods of its own, and cannot change the caller's."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if depth < _MAX_DEPTH and isinstance(value, list | tuple):
+        return [_plain(item, where, depth + 1) for item in value]
+    if depth < _MAX_DEPTH and isinstance(value, Mapping) and all(type(key) is str for key in value):
+        return {key: _plain(item, where, depth + 1) for key, item in value.items()}
+    raise InvalidParameter(where, value, f"JSON values, up to {_MAX_DEPTH} deep")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
