@@ -282,6 +282,10 @@ BAD: Mapping[str, tuple[bytes, str]] = {
     "offset past the file, unknown type": (file_of((), (info(kind=99, offset=2**20),), 64), "tensor 'w': bytes 1048"),
     "ends inside the tensor": (file_of((), (info(),), 15), "tensor 'w': bytes 64 to 80 .* file of 79 bytes"),
     "overlap": (file_of((), (info("v", (9,)), info(offset=32)), 99), "tensors 'v' and 'w' overlap"),
+    "overlap of one byte": (
+        file_of(align_key(1), (info("v", (5,), 24), info("w", offset=4)), 64, align=1),
+        "tensors 'v' and 'w' overlap",
+    ),
     "the same bytes twice": (file_of((), (info("v"), info()), 64), "tensors 'v' and 'w' overlap"),
 }
 

@@ -25,7 +25,7 @@ class Memory(Checkpoint):
 
     format = "hf"
     path = Path("memory")
-    config: Mapping[str, object] = {}  # noqa: RUF012 (never written)
+    config: Mapping[str, object] = {}
 
     def __init__(self, **held: QTensor | NDArray[Any]) -> None:
         self.held = {
@@ -95,7 +95,7 @@ def test_cat_and_split_rows_keep_the_scheme(scheme: str) -> None:
 
 
 def interleave(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """What the converter stores, row by row as its definition says: row 2i of a head is HF's row i, 2i + 1 its i + d/2."""
+    """What the converter stores, by its definition: row 2i of a head is HF's row i, row 2i + 1 its i + d/2."""
     stored = np.empty_like(values)
     dim = len(values) // heads
     for head in range(heads):

@@ -129,6 +129,8 @@ BAD: Mapping[str, tuple[bytes, str]] = {
     "not UTF-8": (file_of(b'{"\xff":1}'), "header: not UTF-8 at byte 2"),
     "a list": (file_of([]), "header: holds a JSON list"),
     "nested too deeply": (file_of(NESTED), "header: JSON nested too deeply"),
+    "brackets without end": (file_of(b'{"w":[' + b"[]," * 2**20), "header holds 1048577 of '\\['"),
+    "objects without end": (file_of(b'{"w":[' + b"{}," * 2**20), "header holds 1048577 of '{'"),
     "a number of 5,000 digits": (file_of(b'{"w":' + b"9" * 5000 + b"}"), "header: not valid JSON"),
     "name twice": (file_of(b'{"w":%s,"w":%s}' % ((json.dumps(F32).encode(),) * 2), WORD), "'w' is there twice"),
     "key twice in an entry": (

@@ -20,6 +20,7 @@ from headrace.weights.qtensor import QTensor
 
 MAX_HEADER = 100_000_000
 """Bytes; the bound of the format's own library."""
+MAX_TENSORS = 2**18
 MAX_DIMS = 32
 """numpy's bound (1.x)."""
 _INT64_MAX = 2**63 - 1
@@ -117,7 +118,15 @@ class SafetensorsFile:
                 f"{self._where}: header length {length}, "
                 f"allowed: up to {MAX_HEADER} and what the file holds ({size - 8})"
             )
-        return self._bytes[8 : 8 + length].tobytes()
+        header = self._bytes[8 : 8 + length].tobytes()
+        # Before JSON makes an object of each: 100 MB of brackets would take minutes and gigabytes.
+        for bracket, most in ((b"{", MAX_TENSORS + 2), (b"[", 2 * MAX_TENSORS)):
+            if header.count(bracket) > most:
+                raise CheckpointError(
+                    f"{self._where}: header holds {header.count(bracket)} of {bracket.decode()!r}, "
+                    f"allowed: up to {most} (those of {MAX_TENSORS} tensors)"
+                )
+        return header
 
     def _read_metadata(self, value: object) -> Mapping[str, str]:
         if value is None:
@@ -129,8 +138,10 @@ class SafetensorsFile:
     def _entry(self, name: str, value: object, data_start: int) -> _Entry:
         assert self._bytes is not None
         where = f"{self._where}: tensor {shorten(name)}"
-        if any("\ud800" <= char <= "\udfff" for char in name):
-            raise CheckpointError(f"{where}: the name is not valid Unicode")
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{where}: the name is not valid Unicode") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{where}: got {shorten(value)}, allowed: an object with dtype, shape, data_offsets")
         dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
