@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     SamplingParams(max_tokens=arguments.max_tokens)
     if not 1 <= arguments.repeats <= MAX_REPEATS:
         raise InvalidParameter("repeats", arguments.repeats, f"an integer from 1 to {MAX_REPEATS}")
+    if arguments.json is not None and arguments.html is not None and same_file(arguments.json, arguments.html):
+        raise InvalidParameter("html", arguments.html, "another file than --json")
     with ExitStack() as stack:
         files = {
             kind: stack.enter_context(ReportFile(kind, path))
@@ -74,6 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
             files["html"].write(page(comparison))
         show(comparison, [file.path for file in files.values()], console())
     return 0
+
+
+def same_file(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextmanager

@@ -6,23 +6,27 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from headrace.compare.measure import figure
 from headrace.compare.methods import Outcome
 from headrace.compare.runner import Comparison, MethodResult
 
-WIDTH, LEFT, RIGHT = 760, 110, 90
-"""Of a figure, its labels and the room right of its plot, in user units."""
+WIDTH, RIGHT = 760, 90
+"""Of a figure, and of the room right of its plot, in user units."""
+NUMBERS, LETTER = 48, 7.5
+"""Room left of the plot for the questions' numbers, and for each letter of the longest name."""
 ROW, BAR, TOP, AXIS = 40, 18, 10, 34
 REQUEST_ROW, REQUEST_BAR, GROUP_GAP = 19, 11, 16
 
 
 class _Scale:
-    """Seconds to x, over the plot."""
+    """Seconds to x, over the plot that begins right of the names."""
 
-    def __init__(self, longest_s: float) -> None:
+    def __init__(self, comparison: Comparison, longest_s: float) -> None:
         self.longest_s = max(longest_s, 1e-9)
+        self.left = NUMBERS + LETTER * max(len(result.name) for result in comparison.methods)
 
     def __call__(self, seconds: float) -> float:
-        return LEFT + seconds / self.longest_s * (WIDTH - LEFT - RIGHT)
+        return self.left + seconds / self.longest_s * (WIDTH - self.left - RIGHT)
 
     def ticks(self) -> list[float]:
         """About five round numbers from 0 up."""
@@ -35,7 +39,7 @@ class _Scale:
 def seconds_chart(comparison: Comparison) -> str:
     """A bar a method: median seconds of a round, with a whisker from the fastest round to the slowest."""
     results = comparison.methods
-    scale = _Scale(max(result.timing.spread.high for result in results))
+    scale = _Scale(comparison, max(result.timing.spread.high for result in results))
     height = TOP + ROW * len(results) + AXIS
     parts = _axis(scale, TOP + ROW * len(results))
     for index, result in enumerate(results):
@@ -43,12 +47,12 @@ def seconds_chart(comparison: Comparison) -> str:
         middle = TOP + ROW * index + ROW / 2
         bar_class = "base" if index == 0 else "bar"
         parts += [
-            _text(LEFT - 10, middle + 4, result.name, "end"),
+            _text(scale.left - 10, middle + 4, result.name, "end"),
             _bar(scale(0), middle - BAR / 2, scale(spread.median) - scale(0), BAR, bar_class),
             _line(scale(spread.low), middle, scale(spread.high), middle, "whisker"),
             _line(scale(spread.low), middle - 5, scale(spread.low), middle + 5, "whisker"),
             _line(scale(spread.high), middle - 5, scale(spread.high), middle + 5, "whisker"),
-            _text(scale(spread.high) + 8, middle + 4, f"{spread.median:.2f} s", "start", "value"),
+            _text(scale(spread.high) + 8, middle + 4, f"{figure(spread.median)} s", "start", "value"),
         ]
     return _figure(height, parts, "Seconds per round for each method, median with range")
 
@@ -56,16 +60,16 @@ def seconds_chart(comparison: Comparison) -> str:
 def timeline_chart(comparison: Comparison) -> str:
     """One round of every method, a bar a question: waiting and prompt pale, answering strong, first token marked."""
     rounds = [(result.name, median_round(result)) for result in comparison.methods]
-    scale = _Scale(max(request.end_s for _, outcome in rounds for request in outcome.requests))
+    scale = _Scale(comparison, max(request.end_s for _, outcome in rounds for request in outcome.requests))
     parts: list[str] = []
     y: float = TOP
     for index, (name, outcome) in enumerate(rounds):
-        parts.append(_text(LEFT - 42, y + REQUEST_ROW - 6, name, "end"))
+        parts.append(_text(scale.left - 42, y + REQUEST_ROW - 6, name, "end"))
         for number, request in enumerate(outcome.requests, 1):
             top = y + (REQUEST_ROW - REQUEST_BAR) / 2
             first, end = scale(request.first_token_s), scale(request.end_s)
             parts += [
-                _text(LEFT - 10, y + REQUEST_ROW - 6, f"Q{number}", "end", "value"),
+                _text(scale.left - 10, y + REQUEST_ROW - 6, f"Q{number}", "end", "value"),
                 _bar(scale(0), top, first - scale(0), REQUEST_BAR, "wait"),
                 _bar(first, top, end - first, REQUEST_BAR, "bar" if index else "base"),
                 _line(first, top - 2, first, top + REQUEST_BAR + 2, "first"),

@@ -118,6 +118,15 @@ def time_method(runs: Sequence[Outcome], base: Sequence[Outcome]) -> Timing:
     )
 
 
+def figure(seconds: float) -> str:
+    """A time for a reader: two decimals, four below one second."""
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.4f}"
+
+
+def ratio_figure(ratio: float) -> str:
+    return f"{ratio:.2f}"
+
+
 def batching_bound(lengths: Sequence[int]) -> float:
     """Σ lengths / max length: how much faster all answers in one batch can be than one by one, where a step takes as
     long for many rows as for one (a decode bound by memory traffic) and prompts cost nothing."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
 from headrace.compare.advice import advise, claim_text, measured_text, model_text
 from headrace.compare.answers import clean, shown_answers
 from headrace.compare.charts import seconds_chart, timeline_chart
-from headrace.compare.measure import WARM_UP_TOKENS, Claim, Spread
+from headrace.compare.measure import WARM_UP_TOKENS, Claim, Spread, figure, ratio_figure
 from headrace.compare.runner import Comparison, MethodResult
 from headrace.compare.verdict import SameModel, percent
 
@@ -39,12 +39,13 @@ def page(comparison: Comparison) -> str:
         _method(comparison),
         _study(comparison),
     )
+    when = comparison.measured_at[:16].replace("T", " ") + " UTC"
     title = f"{advice.headline} · {comparison.model_name}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<p class="kicker">headrace compare · {_safe(comparison.model_name)} · {_safe(comparison.measured_at)}</p>\n'
+        f'<p class="kicker">headrace compare · {_safe(comparison.model_name)} · {_safe(when)}</p>\n'
         f"<h1>{_safe(advice.headline)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
 
@@ -84,20 +85,28 @@ def _row(result: MethodResult) -> str:
     quality = result.same_model
     ratio = '<td class="number">1</td>'
     if timing.claim is not Claim.BASE:
-        told = "" if timing.claim in (Claim.FASTER, Claim.SLOWER) else f"<small>{_safe(timing.claim)}</small>"
-        ratio = _spread(timing.ratio, told)
-    arithmetic = "identical" if result.identical else f"different: {result.divergence}"
+        told = (
+            "" if timing.claim in (Claim.FASTER, Claim.SLOWER) else f'<small class="said">{_safe(timing.claim)}</small>'
+        )
+        ratio = _spread(timing.ratio, ratio_figure, told)
+    model = '<td class="good">lossless</td>'
+    if not quality.lossless:
+        top1 = percent(quality.top1_agreement)
+        model = f'<td class="mild">KL\N{NO-BREAK SPACE}{quality.mean_kl:.1e}<small>top-1 {top1}</small></td>'
+    arithmetic = '<td class="good">identical</td>'
+    if result.divergence is not None:
+        arithmetic = f'<td class="bad">different<small>{_safe(result.divergence)}</small></td>'
     return (
-        f'<td class="name">{_safe(result.name)}</td>{_spread(timing.spread)}'
+        f'<td class="name">{_safe(result.name)}</td>{_spread(timing.spread, figure)}'
         f"{_cell(f'{timing.output_tokens_per_s:.1f}', 'number')}{ratio}"
-        f"{_cell(result.rounds[0].iterations, 'number')}{_cell(arithmetic, 'good' if result.identical else 'bad')}"
-        f'<td class="{"good" if quality.lossless else "mild"}">{_safe("lossless" if quality.lossless else "lossy")}'
-        f"<small>{_safe(quality_text(quality))}</small></td>"
+        f"{_cell(result.rounds[0].iterations, 'number')}{arithmetic}"
+        f"{model}"
     )
 
 
-def _spread(spread: Spread, more: str = "") -> str:
-    return f'<td class="number">{spread.median:.2f}<small>{spread.low:.2f}–{spread.high:.2f}</small>{more}</td>'
+def _spread(spread: Spread, form: Callable[[float], str], more: str = "") -> str:
+    low, high = form(spread.low), form(spread.high)
+    return f'<td class="number">{form(spread.median)}<small>{low}–{high}</small>{more}</td>'
 
 
 def quality_text(quality: SameModel) -> str:
@@ -144,10 +153,12 @@ def _result(comparison: Comparison, name: str) -> MethodResult:
 def _settings(comparison: Comparison) -> str:
     config = comparison.config
     names = [name for name in config.__dataclass_fields__ if name not in ("reasons", "policy")]
-    reasons: Mapping[str, str] = {"prefix_cache": "off, so that every round computes everything"} | dict(config.reasons)
-    rows = [
-        f"<td><code>{name}</code></td>{_cell(getattr(config, name))}{_cell(reasons.get(name, '—'))}" for name in names
-    ]
+    reasons: Mapping[str, str] = {"prefix_cache": "off, so that every round computes everything", **config.reasons}
+    rows = []
+    for name in names:
+        value = getattr(config, name)
+        reason = reasons.get(name, "as set, or the default").removeprefix(f"{value}: ")
+        rows.append(f"<td><code>{name}</code></td>{_cell(value)}{_cell(reason)}")
     machine = comparison.machine
     libraries = ", ".join(f"{name} {found}" for name, found in machine.libraries.items())
     facts = (
@@ -184,6 +195,7 @@ def _method(comparison: Comparison) -> str:
         "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend and "
         "precision.",
         model_text(comparison),
+        *(f"{result.name} under the fp32 model: {quality_text(result.same_model)}." for result in comparison.methods),
         f"Batching bound: Σ lengths / max length of serial's answers is {comparison.bound:.2f}. So much faster than "
         "one by one can a batch of all of them be, where a step takes as long for many rows as for one (a decode bound "
         "by memory traffic) and prompts cost nothing.",

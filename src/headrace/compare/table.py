@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich import box
@@ -13,8 +13,9 @@ from rich.text import Text
 
 from headrace.compare.advice import advise, measured_text, model_text
 from headrace.compare.answers import clean, shown_answers
-from headrace.compare.measure import Claim, Spread
+from headrace.compare.measure import Claim, Spread, figure, ratio_figure
 from headrace.compare.runner import Comparison, MethodResult
+from headrace.compare.verdict import percent
 
 PIPED_WIDTH = 100
 
@@ -31,6 +32,7 @@ def show(comparison: Comparison, written: Sequence[str], out: Console) -> None:
     """Prints everything; `written`: paths of the reports."""
     _answers(comparison, out)
     out.print(_table(comparison))
+    out.print()
     for sentence in (*advise(comparison.methods, comparison.bound).sentences, measured_text(comparison)):
         out.print(Text(sentence))
     out.print(Text(model_text(comparison)))
@@ -49,35 +51,34 @@ def _answers(comparison: Comparison, out: Console) -> None:
 
 
 def _table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    for heading in ("seconds", "output\ntokens/s", "× serial", "itera-\ntions"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("method", overflow="fold")
+    for heading in ("seconds\n(range)", "output\ntokens/s", "× serial\n(range)", "itera-\ntions"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("same arithmetic")
-    table.add_column("same model")
+    table.add_column("same\narithmetic", no_wrap=True)
+    table.add_column("same\nmodel", no_wrap=True)
     for result in comparison.methods:
         table.add_row(*_row(result))
     return table
 
 
 def _row(result: MethodResult) -> tuple[Text, ...]:
-    timing = result.timing
-    arithmetic = "identical" if result.divergence is None else str(result.divergence)
-    faster = timing.claim is Claim.FASTER
-    ratio = "1" if timing.claim is Claim.BASE else with_range(timing.ratio, ".2f")
+    timing, quality = result.timing, result.same_model
+    ratio = "1" if timing.claim is Claim.BASE else with_range(timing.ratio, ratio_figure)
     if timing.claim is Claim.SAME:
         ratio += "\nno signif.\ndifference"
+    model = "lossless" if quality.lossless else f"KL {quality.mean_kl:.1e}\ntop-1 {percent(quality.top1_agreement)}"
     return (
         Text(result.name),
-        Text(with_range(timing.spread, ".2f")),
+        Text(with_range(timing.spread, figure)),
         Text(f"{timing.output_tokens_per_s:.1f}"),
-        Text(ratio, style="green" if faster else ""),
+        Text(ratio, style="green" if timing.claim is Claim.FASTER else ""),
         Text(str(result.rounds[0].iterations)),
-        Text(arithmetic, style="green" if result.identical else "red"),
-        Text(str(result.same_model), style="green" if result.same_model.lossless else "yellow"),
+        Text("identical" if result.identical else "different", style="green" if result.identical else "red"),
+        Text(model, style="green" if quality.lossless else "yellow"),
     )
 
 
-def with_range(spread: Spread, form: str) -> str:
-    """Median, and below it the range where there is one."""
-    return f"{spread.median:{form}}\n[{spread.low:{form}}–{spread.high:{form}}]"
+def with_range(spread: Spread, form: Callable[[float], str]) -> str:
+    """Median, and below it the range."""
+    return f"{form(spread.median)}\n{form(spread.low)}–{form(spread.high)}"

@@ -47,11 +47,6 @@ class SameModel:
     def lossless(self) -> bool:
         return self.divergence is None and self.top1_agreement == 1 and self.mean_kl <= LOSSLESS_MEAN_KL
 
-    def __str__(self) -> str:
-        if self.lossless:
-            return "lossless"
-        return f"KL {self.mean_kl:.1e}, top-1 {percent(self.top1_agreement)}"
-
 
 def percent(share: float) -> str:
     """Never rounded up to 100 %."""

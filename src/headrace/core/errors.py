@@ -26,7 +26,10 @@ from typing import ClassVar
 
 def shorten(value: object, limit: int = 64) -> str:
     """`repr(value)` cut to `limit` characters, so that an error never echoes a whole input."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -180,7 +180,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> Tokenizer
     for wanted, token_id, what in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
         if wanted and token_id is None:
             raise CheckpointError(f"{name}: add_{what}_token is true, but tokenizer.ggml.{what}_token_id is missing")
-    set_bos_eos(raw, tokens[bos] if add_bos and bos is not None else None, tokens[eos] if add_eos and eos else None)
+    _set_bos_eos(raw, tokens[bos] if add_bos and bos is not None else None, tokens[eos] if add_eos and eos else None)
     return TokenizerParts(
         raw=raw,
         eos_token_ids=frozenset(i for key in _STOP_KEYS if (i := ids[key]) is not None),
@@ -190,7 +190,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> Tokenizer
     )
 
 
-def set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:
+def _set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:
     """Makes `encode(…, add_special_tokens=True)` begin with `bos` and end with `eos`, where given."""
     template = [token for token in (bos, "$A", eos) if token is not None]
     special = [(token, raw.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
@@ -220,7 +220,7 @@ def _set_pipeline(raw: Tokenizer, pre: PreTokenizer, add_space_prefix: bool) -> 
         steps.append(normalizers.NFC())
     if add_space_prefix:
         # Once a text, and only where none is: a ByteLevel prefix after a Split would come before every piece.
-        steps.append(normalizers.Replace(Regex(r"\A(?=[^ ])"), " "))
+        steps += [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A  "), " ")]
     if steps:
         raw.normalizer = normalizers.Sequence(steps)
     raw.pre_tokenizer = pre_tokenizers.Sequence(

@@ -122,14 +122,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if name in _PADDERS:
                 _check_counts(args, kwargs)
-            elif name in ("format", "format_map"):
-                __self._check_format(owner)
             elif name == "replace" and len(args) >= 2:
                 __self._check_replace(owner, *args)
             elif name == "join" and args:
                 args = (list(args[0]), *args[1:])
                 __self._check_join(args[0], owner)
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            self._check_format(value.__self__)
+        return wrapped
 
     def _bounded(self, function: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
         """`function` after `check` of its arguments; a filter that jinja2 gives a context gets it."""

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from headrace.core.errors import CheckpointError, RequestError, TemplateError, UnsupportedModel, shorten
 from headrace.text.chat import ChatTemplate
 from headrace.text.detokenize import Detokenizer, read_decoder
-from headrace.text.gguf_tokenizer import TokenizerParts, build_gguf_tokenizer, set_bos_eos
+from headrace.text.gguf_tokenizer import TokenizerParts, build_gguf_tokenizer
 from headrace.weights.checkpoint import read_json
 from headrace.weights.files import read_file
 
@@ -54,7 +54,12 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             surrogate = f"a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}"
             raise RequestError(f"text: {surrogate} is not valid Unicode") from None
-        ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a pattern that gives up raises Exception or PanicException, a BaseException
+            raise RequestError(f"text: the tokenizer cannot read it: {shorten(str(error), 160)}") from None
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -97,19 +102,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def _read_folder(folder: Path, config: Mapping[str, object]) -> TokenizerParts:
     raw = _read_raw(folder)
-    # As transformers: special_tokens_map.json is the older place of the names, tokenizer_config.json wins.
-    settings = {
-        **_optional_json(folder / "special_tokens_map.json"),
-        **_optional_json(folder / "tokenizer_config.json"),
-    }
+    settings = _optional_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        # As transformers: older folders keep the names in a file of their own, which then wins.
+        settings = settings | _optional_json(folder / "special_tokens_map.json")
     named = {key: token for key in (*_NAMED, *_OTHER_NAMED) if (token := _token(settings.get(key), key)) is not None}
     _add_tokens(raw, settings, named)
     strings = {key: token.content for key, token in named.items()}
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        # Said explicitly, it replaces the post-processor of tokenizer.json (transformers ≥ 5).
-        bos = strings.get("bos_token") if settings.get("add_bos_token") else None
-        eos = strings.get("eos_token") if settings.get("add_eos_token") else None
-        set_bos_eos(raw, bos, eos)
+    # add_bos_token and add_eos_token are not read: beside a tokenizer.json, transformers drops them (its
+    # post-processor says what is added).
     bos_token_id = raw.token_to_id(strings["bos_token"]) if "bos_token" in strings else None
     return TokenizerParts(
         raw=raw,
@@ -130,6 +131,7 @@ def _read_raw(folder: Path) -> RawTokenizer:
     data = read_file(path, _MAX_TOKENIZER)
     try:
         raw = RawTokenizer.from_buffer(data)
+        raw.encode("a")  # some faults (a post-processor naming no token) show only here
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and PanicException, a BaseException

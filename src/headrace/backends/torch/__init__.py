@@ -1,1 +1,1 @@
-"""The reference backend: every op in plain torch."""
+"""Plain torch: the reference on the CPU."""

@@ -1,0 +1,214 @@
+"""TorchBackend: the plain reference. Eager torch on the CPU, one plan at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from headrace.backends.base import BackendOptions
+from headrace.backends.rows import Batch, RequestTable
+from headrace.backends.sampling import F32, Position, Sampled, row_error, sample
+from headrace.backends.torch import ops
+from headrace.backends.torch.kvstore import KVStore
+from headrace.backends.torch.model import Decoder
+from headrace.core.errors import ConfigError, EngineError, NonFiniteLogits, OutOfMemory, UnsupportedModel, shorten
+from headrace.core.spec import ModelSpec
+from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
+from headrace.parallel.mesh import Mesh
+from headrace.weights.qtensor import QTensor
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Loaded:
+    """What exists between load() and close()."""
+
+    def __init__(self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions) -> None:
+        dtype = DTYPES[options.dtype]
+        multiple = ops.row_multiple(options.threads)
+        self.options = options
+        self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple)
+        shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
+        self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
+        self.table = RequestTable(options.max_rows, options.max_model_len, options.block_size, options.num_blocks)
+
+
+class TorchBackend:
+    """See `backends.base.Backend`. Setting the number of threads is process-wide, as torch has it."""
+
+    name = "torch"
+    depth = 1
+
+    def __init__(self) -> None:
+        self._loaded: Loaded | None = None
+        self._closed = False
+        self._result: StepResult | None = None
+
+    def load(
+        self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
+    ) -> Capacity:
+        """Raises UnsupportedModel, WeightsMismatch, ConfigError, OutOfMemory; EngineError if loaded or closed."""
+        if self._closed or self._loaded is not None:
+            raise EngineError("load() of a torch backend that is closed or already holds a model")
+        if (mesh.tp, mesh.pp) != (1, 1):
+            raise UnsupportedModel(f"mesh: {mesh.tp} × {mesh.pp} ranks, the torch backend runs on 1 × 1")
+        if options.dtype not in DTYPES:
+            raise ConfigError(f"dtype: got {shorten(options.dtype)}, allowed: {', '.join(DTYPES)}")
+        torch.set_num_threads(options.threads)
+        try:
+            self._loaded = Loaded(spec, tensors, options)
+        except (MemoryError, RuntimeError) as error:
+            # torch's CPU allocator says so in a RuntimeError.
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                raise
+            raise OutOfMemory("loading: the weights and the KV cache do not fit in memory") from error
+        return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Runs the plan here and now. Raises EngineError on a plan that breaks the protocol."""
+        loaded = self._require()
+        if self._result is not None:
+            raise EngineError(f"plan {plan.step} submitted before the result of plan {self._result.step} was taken")
+        began = time.perf_counter()
+        seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0}
+        table, store = loaded.table, loaded.store
+        table.apply(plan)
+        if len(fresh := table.fresh_blocks(plan)):
+            store.zero_blocks(torch.from_numpy(fresh))
+        store.copy_blocks(plan.copies)
+        seconds["prepare"] += time.perf_counter() - began
+        rows = self._run(loaded, plan.rows, seconds) if plan.rows else []
+        self._result = StepResult(plan.step, tuple(rows), seconds)
+
+    def result(self) -> StepResult:
+        """Raises EngineError if no plan is unanswered."""
+        self._require()
+        if self._result is None:
+            raise EngineError("result() without a plan")
+        result, self._result = self._result, None
+        return result
+
+    def probe(self) -> Mapping[str, object]:
+        return {
+            "device": "cpu",
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "mkl": torch.backends.mkl.is_available(),
+        }
+
+    def explain(self) -> str:
+        loaded = self._require()
+        options, multiple = loaded.options, ops.row_multiple(loaded.options.threads)
+        return (
+            f"torch {torch.__version__}, eager, CPU, {options.threads} threads, {options.dtype}. "
+            f"Products get a multiple of {multiple} rows, and attention meets values {ops.KEY_CHUNK} keys at a time: "
+            "so a row's bits depend neither on its company nor on its chunks."
+        )
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes; the workspace is the largest step's logits, the one large array beside weights and KV."""
+        loaded = self._require()
+        return {
+            "weights": loaded.decoder.weight_bytes,
+            "kv_cache": loaded.store.nbytes,
+            "workspace": 4 * loaded.options.max_rows * loaded.decoder.spec.vocab_size,
+        }
+
+    def close(self) -> None:
+        self._closed = True
+        self._loaded = None
+        self._result = None
+
+    def _require(self) -> Loaded:
+        if self._loaded is None:
+            raise EngineError("the torch backend is closed" if self._closed else "the torch backend holds no model")
+        return self._loaded
+
+    def _run(self, loaded: Loaded, steps: Sequence[RowStep], seconds: dict[str, float]) -> list[RowOut]:
+        """All rows in one forward. If that fails, halves, until the row at fault is alone (law 6)."""
+        began = time.perf_counter()
+        try:
+            batch = loaded.table.batch(steps)
+            prepared = time.perf_counter()
+            logits_PV: F32 = loaded.decoder.logits(batch, loaded.store).numpy()
+        except Exception as error:  # the row at fault gets it as data
+            if len(steps) == 1:
+                return [RowOut(steps[0].row, error=row_error(error))]
+            half = len(steps) // 2
+            return self._run(loaded, steps[:half], seconds) + self._run(loaded, steps[half:], seconds)
+        computed = time.perf_counter()
+        outs = _sample(loaded, steps, batch, logits_PV)
+        seconds["prepare"] += prepared - began
+        seconds["forward"] += computed - prepared
+        seconds["sample"] += time.perf_counter() - computed
+        return outs
+
+
+def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F32) -> list[RowOut]:
+    """Samples every position that wants a token in one call, then lets each row keep what its drafts allow."""
+    places: list[int] = []
+    positions: list[Position] = []
+    for i, step in enumerate(steps):
+        if step.sample:
+            wanted = 1 + len(step.drafts)
+            stop = int(batch.logit_starts[i] + batch.logit_counts[i])
+            places += range(stop - wanted, stop)
+            positions += _positions(loaded, step)
+    whole = len(places) == len(logits_PV)
+    sampled = iter(sample(logits_PV if whole else logits_PV[places], positions))
+    outs = []
+    for i, step in enumerate(steps):
+        mine = [next(sampled) for _ in range(1 + len(step.drafts))] if step.sample else []
+        first = int(batch.logit_starts[i])
+        raw = logits_PV[first : first + int(batch.logit_counts[i])].copy() if step.logits else None
+        out = _row_out(step, mine, raw)
+        if out.error is None and step.sample:
+            loaded.table.append(step.row, out.tokens)
+        if out.accepted < len(step.drafts):
+            # What was rejected may be NaN: it must not lie where later tokens only mask it.
+            place = int(batch.starts[i] + step.length + out.accepted)
+            stop = int(batch.starts[i] + batch.lengths[i])
+            loaded.store.zero_slots(torch.from_numpy(batch.slots[place:stop]))
+        outs.append(out)
+    return outs
+
+
+def _positions(loaded: Loaded, step: RowStep) -> list[Position]:
+    """A mask holds one vocabulary's bits for each position: after the known tokens, then after each draft."""
+    row = loaded.table.row(step.row)
+    wanted = 1 + len(step.drafts)
+    masks: Sequence[bytes | None] = [None] * wanted
+    if step.mask is not None:
+        packed = bytes(step.mask) if isinstance(step.mask, bytes | bytearray | memoryview) else b""
+        size = math.ceil(len(packed) / wanted)
+        masks = [packed[i * size : (i + 1) * size] for i in range(wanted)]
+    first = step.start + step.length - row.num_prompt
+    return [Position(row.sampling, first + i, row.stop_ids, mask) for i, mask in enumerate(masks)]
+
+
+def _row_out(step: RowStep, sampled: Sequence[Sampled | RowError], raw: F32 | None) -> RowOut:
+    """Drafts are kept while each is the token that was sampled before it."""
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    accepted = 0
+    for i, one in enumerate(sampled):
+        if isinstance(one, RowError):
+            return RowOut(step.row, error=one)
+        tokens.append(one.token)
+        if one.logprobs is not None:
+            logprobs.append(one.logprobs)
+        if i == len(step.drafts) or one.token != step.drafts[i]:
+            break
+        accepted += 1
+    if raw is not None and not step.sample and not np.isfinite(raw).all():
+        return RowOut(step.row, error=row_error(NonFiniteLogits("the model's logits are not finite")))
+    return RowOut(step.row, tuple(tokens), accepted, tuple(logprobs), None, raw)

@@ -1,0 +1,102 @@
+"""Backends under test, tiny checkpoints, and transformers' answers to hold the first against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from headrace.backends.base import Backend, BackendOptions
+from headrace.models.registry import describe
+from headrace.parallel.mesh import Mesh
+from headrace.testing.checkpoints import tiny_checkpoint
+from headrace.testing.driver import Driver
+from headrace.weights.checkpoint import open_checkpoint
+from headrace.weights.loader import stream
+
+SIZES: dict[str, Any] = {
+    "dtype": "float32",
+    "threads": 1,
+    "block_size": 8,
+    "num_blocks": 256,
+    "max_rows": 40,
+    "max_tokens": 512,
+    "max_model_len": 256,
+}
+
+
+class Reference:
+    """transformers, eager attention, float32: the logits of a whole sequence at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        self._model.eval()
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """(tokens, vocabulary)"""
+        with torch.inference_mode():
+            return self._model(torch.tensor([list(tokens)])).logits[0].numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny checkpoint; the same arguments give the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", **config: Any) -> Path:
+        key = repr((architecture, sorted(config.items())))
+        if key not in made:
+            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("model"), architecture, **config)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[Path], Reference]:
+    """The checkpoint in transformers, loaded once."""
+    made: dict[Path, Reference] = {}
+    return lambda path: made.get(path) or made.setdefault(path, Reference(path))
+
+
+def create_backend(name: str) -> Backend:
+    assert name == "torch"
+    from headrace.backends.torch.backend import TorchBackend
+
+    return TorchBackend()
+
+
+@pytest.fixture(params=["torch"])
+def backend_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def open_driver(backend_name: str) -> Iterator[Callable[..., Driver]]:
+    """Loads a checkpoint into a new backend, and closes it in the end. `change` may alter the tensors on their way."""
+    opened: list[Backend] = []
+
+    def open_one(path: Path, *, change: Callable[[Any], Any] = lambda tensors: tensors, **options: Any) -> Driver:
+        source = open_checkpoint(path)
+        description = describe(source.config, source.format, source.shapes())
+        backend = create_backend(backend_name)
+        opened.append(backend)
+        tensors = change(stream(source, description.weight_map))
+        capacity = backend.load(description.spec, tensors, BackendOptions(**(SIZES | options)), Mesh())
+        return Driver(backend, capacity)
+
+    yield open_one
+    for backend in opened:
+        backend.close()
