@@ -71,8 +71,8 @@ def test_prompts_one_by_one_as_transformers(llm: LLM, expected: list[list[int]])
 
 def test_policies_agree_and_compute_each_token_once(demo_path: Path) -> None:
     draw = random.Random(5)
-    prompts = [[draw.randrange(1000, 40_000) for _ in range(draw.randint(3, 50))] for _ in range(50)]
-    sampling = [SamplingParams(max_tokens=draw.randint(2, 24), ignore_eos=True) for _ in prompts]
+    prompts = [[draw.randrange(1000, 40_000) for _ in range(draw.randint(2, 40))] for _ in range(50)]
+    sampling = [SamplingParams(max_tokens=draw.randint(1, 10), ignore_eos=True) for _ in prompts]
     needed = sum(len(p) + (s.max_tokens or 0) - 1 for p, s in zip(prompts, sampling, strict=True))
     outputs, iterations = {}, {}
     for policy in ("fused", "serial", "static:8", "window:20"):

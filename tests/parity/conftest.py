@@ -32,16 +32,18 @@ SIZES: dict[str, Any] = {
 
 
 class Reference:
-    """transformers, eager attention, float32: the logits of a whole sequence at once."""
+    """transformers, eager attention: the logits of a whole sequence at once."""
 
-    def __init__(self, path: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
         self._model.eval()
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """(tokens, vocabulary)"""
         with torch.inference_mode():
-            return self._model(torch.tensor([list(tokens)])).logits[0].numpy()
+            return self._model(torch.tensor([list(tokens)])).logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         tokens = list(prompt)
@@ -65,10 +67,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[Path], Reference]:
+def reference() -> Callable[..., Reference]:
     """The checkpoint in transformers, loaded once."""
-    made: dict[Path, Reference] = {}
-    return lambda path: made.get(path) or made.setdefault(path, Reference(path))
+    made: dict[tuple[Path, str], Reference] = {}
+
+    def load(path: Path, dtype: str = "float32") -> Reference:
+        if (path, dtype) not in made:
+            made[path, dtype] = Reference(path, dtype)
+        return made[path, dtype]
+
+    return load
 
 
 def create_backend(name: str) -> Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ Logits = NDArray[np.float32]
 
 TOLERANCE = 1e-4
 VOCAB = 97
+DTYPES = ("float32", "bfloat16", "float16")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -40,6 +42,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("llama", {"head_dim": 20}),
+    "odd_sizes": ("llama", {"head_dim": 10, "intermediate_size": 77}),
     "gelu": ("llama", {"hidden_act": "gelu"}),
     "gelu_tanh": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -135,34 +138,40 @@ def test_any_block_size(plain: Path, block_size: int, open_driver: Open, referen
     assert difference(all_logits(driver, tokens, 61), reference(plain).logits(tokens)) < TOLERANCE
 
 
-def test_low_precision_stays_near(model: Path, open_driver: Open, reference: Any) -> None:
-    """bfloat16 keeps 8 bits: with these weights, 2 % of the logits' spread on the average, 15 % at worst."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_strays_no_further_than_transformers(
+    model: Path, dtype: str, open_driver: Open, reference: Any
+) -> None:
+    """From float32: at most 1.5 times as far as transformers in the same type, on the average of all logits."""
     tokens = prompt_of(80)
     wanted = reference(model).logits(tokens)
-    for dtype, mean, worst in (("bfloat16", 0.02, 0.15), ("float16", 0.003, 0.02)):
-        found = all_logits(open_driver(model, dtype=dtype), tokens)
-        assert np.abs(found - wanted).mean() < mean * wanted.std()
-        assert np.abs(found - wanted).max() < worst * wanted.std()
+    theirs = np.abs(reference(model, dtype).logits(tokens) - wanted).mean()
+    ours = np.abs(all_logits(open_driver(model, dtype=dtype), tokens) - wanted).mean()
+    assert 0 < ours < 1.5 * theirs < 0.1 * wanted.std()
 
 
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["gqa", "one_kv_head", "qwen2_sliding"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "threads", "companies"),
+    [
+        *product(["gqa", "one_kv_head", "qwen2_sliding", "odd_sizes"], DTYPES, [1], [(1, 2, 3, 6, 17, 32)]),
+        *product(["gqa", "odd_sizes"], ["float32"], [2, 3], [(5,)]),
+    ],
+)
 def test_bits_depend_on_the_row_alone(
-    name: str, dtype: str, threads: int, checkpoint: Checkpoint, open_driver: Open
+    name: str, dtype: str, threads: int, companies: tuple[int, ...], checkpoint: Checkpoint, open_driver: Open
 ) -> None:
     """A sequence's logits are the same bits alone and whole, in chunks, and in company of 1 to 32 other rows."""
     architecture, config = CONFIGS[name]
     driver = open_driver(checkpoint(architecture, **config), dtype=dtype, threads=threads)
     tokens = prompt_of(140, 6)
     alone = all_logits(driver, tokens)
-    for chunk in (97, 64, 5, 1):
+    for chunk in (97, 64, 5, 1) if threads == 1 else (97, 33):
         assert np.array_equal(all_logits(driver, tokens, chunk), alone)
     generator = np.random.default_rng(7)
-    for company in (1, 2, 3, 6, 17, 32):
+    for company in companies:
         place = int(generator.integers(0, company + 1))
         others = [driver.admit(prompt_of(int(generator.integers(1, 40)), i)) for i in range(place)]
         row = driver.admit(tokens)
@@ -251,7 +260,7 @@ def test_a_rejected_draft_of_nan_leaves_no_trace(plain: Path, open_driver: Open)
     row = driver.admit(prompt)
     tokens = list(driver.prefill(row, len(prompt)).tokens)
     out = driver.run(driver.span(row, 1, drafts=[expected[1], POISON, POISON]))[row]
-    assert out.error is None and out.accepted == 1
+    assert out.error is None and out.accepted == 0, "the drafts are dropped, not the row"
     tokens += out.tokens
     assert tokens + driver.decode([row], 12 - len(tokens))[row] == expected
 

@@ -62,9 +62,8 @@ def ids_of(name: str) -> st.SearchStrategy[list[int]]:
     anything = st.integers(0, tokenizer.vocab_size + 2)
     text = st.sampled_from(["é", "日本", "👩‍🚀", "\ufffd", "a", " "]).flatmap(lambda s: st.just(spell(tokenizer, s)))
     byte_ids = st.integers(0, 255).map(lambda b: spell_byte(tokenizer, b))
-    return st.lists(st.one_of(anything.map(lambda i: [i]), text, byte_ids), max_size=14).map(
-        lambda runs: [i for run in runs for i in run]
-    )
+    runs = st.lists(st.one_of(anything.map(lambda i: [i]), text, byte_ids), max_size=14)
+    return runs.map(lambda lists: [i for run in lists for i in run])
 
 
 def spell_byte(tokenizer: Tokenizer, byte: int) -> list[int]:

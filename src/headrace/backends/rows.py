@@ -95,6 +95,12 @@ class RequestTable:
                 fresh.extend(step.new_blocks[filled:])
         return np.asarray(fresh, np.int64)
 
+    def slots(self, index: int, start: int, stop: int) -> IntArray:
+        """Where tokens [start, stop) of a row lie in the KV pool."""
+        positions = np.arange(start, stop)
+        blocks: IntArray = self._blocks[index, positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
+
     def batch(self, steps: Sequence[RowStep]) -> Batch:
         """The arrays of these rows' spans. Call after `apply`."""
         lengths = np.array([step.length + len(step.drafts) for step in steps], np.int64)

@@ -33,6 +33,8 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), §4.3: Philox4x32."""
 
+NOT_FINITE = "the model's logits are not finite (NaN or infinity)"
+
 GUMBEL_SPREAD = 26.1
 """A little more than the largest gumbel of a 32-bit uniform (22.88) less the smallest (-3.14)."""
 
@@ -70,19 +72,19 @@ def sample(logits_PV: F32, positions: Sequence[Position]) -> list[Sampled | RowE
     ]
 
 
-def row_error(error: Exception) -> RowError:
+def code_and_message(error: Exception) -> tuple[str, str]:
     """An exception as data: its code where it has one, its class and first line where not."""
     if isinstance(error, HeadraceError):
-        return RowError(error.code, str(error))
+        return error.code, str(error)
     first_line = (str(error).splitlines() or [""])[0]
-    return RowError(EngineError.code, f"{type(error).__name__}: {first_line}"[:200])
+    return EngineError.code, f"{type(error).__name__}: {first_line}"[:200]
 
 
 def _sample_row(logits_V: F32, position: Position, best: int) -> Sampled | RowError:
     sampling = position.sampling
     try:
         if math.isnan(logits_V[best]) or logits_V[best] == math.inf:
-            raise NonFiniteLogits("the model's logits are not finite (NaN or infinity)")
+            raise NonFiniteLogits(NOT_FINITE)
         masked_V = _masked(logits_V, position)
         if masked_V is not logits_V:
             best = int(masked_V.argmax())
@@ -91,7 +93,7 @@ def _sample_row(logits_V: F32, position: Position, best: int) -> Sampled | RowEr
         token = best if sampling.temperature < GREEDY_BELOW else _draw(masked_V, position, float(masked_V[best]))
         logprobs = None if sampling.logprobs is None else _logprobs(logits_V, token, sampling.logprobs)
     except Exception as error:  # one row's fault is that row's error
-        return row_error(error)
+        return RowError(*code_and_message(error))
     return Sampled(token, logprobs)
 
 
@@ -117,8 +119,12 @@ def _draw(logits_V: F32, position: Position, peak: float) -> int:
     if sampling.seed is None:
         raise EngineError("seed: None reached the backend; the engine draws one for every request that samples")
     kept = _kept(logits_V, sampling, peak)
-    scaled = logits_V[kept].astype(np.float64) / sampling.temperature
-    scores = scaled + gumbel(sampling.seed, position.output_position, kept)
+    words = uniform_words(sampling.seed, position.output_position, kept)
+    logits = logits_V[kept]
+    # An id of less randomness than the likeliest one has less of both: it cannot win, and needs no logarithm.
+    able = np.flatnonzero(words >= words[logits.argmax()])
+    kept, words, logits = kept[able], words[able], logits[able]
+    scores = logits.astype(np.float64) / sampling.temperature + _gumbel_of(words)
     return int(kept[scores.argmax()])
 
 
@@ -129,10 +135,7 @@ def _kept(logits_V: F32, sampling: SamplingParams, peak: float) -> Ids:
     top_k = sampling.top_k if 0 < sampling.top_k < len(logits_V) else None
     if top_k is None and sampling.top_p >= 1:
         return np.flatnonzero(logits_V >= floor)
-    if top_k is not None:
-        ids = _top(logits_V, top_k)
-    else:
-        ids = np.flatnonzero(logits_V > -np.inf)
+    ids = np.flatnonzero(logits_V > -np.inf) if top_k is None else _top(logits_V, top_k)
     if sampling.top_p < 1:
         ids = _nucleus(logits_V[ids], ids, sampling, peak)
     return np.sort(ids[logits_V[ids] >= floor])
@@ -171,7 +174,9 @@ def _logprobs(logits_V: F32, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(float(logits[token] - total), tuple((int(i), float(logits[i] - total)) for i in top))
 
 
-def philox4x32(counter: Sequence[NDArray[np.uint64] | int], key: tuple[int, int]) -> list[NDArray[np.uint64]]:
+def philox4x32(
+    counter: Sequence[NDArray[np.uint64] | NDArray[np.int64] | int], key: tuple[int, int]
+) -> list[NDArray[np.uint64]]:
     """Ten rounds of Philox4x32 on four counter words (arrays broadcast): four 32-bit words, held in uint64."""
     words = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     c0, c1, c2, c3 = words
@@ -189,16 +194,25 @@ def philox4x32(counter: Sequence[NDArray[np.uint64] | int], key: tuple[int, int]
 
 
 def gumbel(seed: int, output_position: int, token_ids: Ids) -> F64:
-    """Gumbel(0, 1) of each token id, from (seed, output position, id) alone.
+    """Gumbel(0, 1) of each token id, from (seed, output position, id) alone."""
+    return _gumbel_of(uniform_words(seed, output_position, token_ids))
 
-    Key: the seed's two's complement, low word first. Counter: (id // 4, position low, position high, 0). Word id % 4
-    of the output is the uniform (word + 0.5) / 2^32. `token_ids` must ascend.
+
+def uniform_words(seed: int, output_position: int, token_ids: Ids) -> NDArray[np.uint64]:
+    """The 32 random bits of each token id.
+
+    Key: the seed's two's complement, low word first. Counter: (id // 4, position low, position high, 0); the word is
+    number id % 4 of the output. Ids that fill most of their range cost least: four share a counter.
     """
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    groups = token_ids // 4
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))  # four ids share a counter: compute it once
-    counter = (groups[starts].astype(np.uint64), output_position & 0xFFFFFFFF, output_position >> 32, 0)
-    words = np.stack(philox4x32(counter, key))
-    which = np.cumsum(np.diff(groups, prepend=-1) != 0) - 1
-    uniform = (words[token_ids % 4, which].astype(np.float64) + 0.5) / 2**32
-    return -np.log(-np.log(uniform))
+    first, last = int(token_ids.min()) // 4, int(token_ids.max()) // 4
+    dense = last - first < len(token_ids)
+    groups = np.arange(first, last + 1) if dense else token_ids // 4
+    words = philox4x32((groups, output_position & 0xFFFFFFFF, output_position >> 32, 0), key)
+    if dense:
+        return np.stack(words, axis=1).ravel()[token_ids - 4 * first]
+    return np.choose(token_ids % 4, words)
+
+
+def _gumbel_of(words: NDArray[np.uint64]) -> F64:
+    return -np.log(-np.log((words.astype(np.float64) + 0.5) / 2**32))

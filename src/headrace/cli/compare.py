@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from headrace.cli.flags import add_engine_flags, given
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidParameter
 from headrace.core.types import SamplingParams
+
+if TYPE_CHECKING:
+    from headrace.compare.runner import Comparison
 
 MAX_REPEATS = 1000
 
@@ -52,31 +57,39 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidParameter("repeats", arguments.repeats, f"an integer from 1 to {MAX_REPEATS}")
     if arguments.json is not None and arguments.html is not None and same_file(arguments.json, arguments.html):
         raise InvalidParameter("html", arguments.html, "another file than --json")
-    with ExitStack() as stack:
-        files = {
-            kind: stack.enter_context(ReportFile(kind, path))
-            for kind, path in (("json", arguments.json), ("html", arguments.html))
-            if path is not None
-        }
-        from headrace.compare.runner import compare
-        from headrace.compare.table import console, show
-        from headrace.compare.workloads import text4
-        from headrace.engine.model import OpenModel
+    paths = {"json": arguments.json, "html": arguments.html}
+    files = {kind: ReportFile(kind, path) for kind, path in paths.items() if path is not None}
 
-        opened = OpenModel(EngineConfig(**given(arguments, EngineConfig), prefix_cache=False))
+    from headrace.compare.runner import compare
+    from headrace.compare.table import console, show, show_written
+    from headrace.compare.workloads import text4
+    from headrace.engine.model import OpenModel
+
+    opened = OpenModel(EngineConfig(**given(arguments, EngineConfig), prefix_cache=False))
+    with opened.checkpoint, progress_line() as progress:
         workload = text4(opened, arguments.max_tokens)
-        with opened.checkpoint, progress_line() as progress:
-            comparison = compare(opened, workload, with_base(names), arguments.repeats, progress)
-        if "json" in files:
-            from headrace.compare.document import document
-
-            files["json"].write(json.dumps(document(comparison), allow_nan=False, ensure_ascii=False) + "\n")
-        if "html" in files:
-            from headrace.compare.report import page
-
-            files["html"].write(page(comparison))
-        show(comparison, [file.path for file in files.values()], console())
+        comparison = compare(opened, workload, with_base(names), arguments.repeats, progress)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may hold any character; the encoding of a pipe may not.
+        sys.stdout.reconfigure(errors="replace")
+    out = console()
+    show(comparison, out)
+    for kind, file in files.items():
+        file.write(as_json(comparison) if kind == "json" else as_html(comparison))
+        show_written(file.path, out)
     return 0
+
+
+def as_json(comparison: Comparison) -> str:
+    from headrace.compare.document import document
+
+    return json.dumps(document(comparison), allow_nan=False) + "\n"
+
+
+def as_html(comparison: Comparison) -> str:
+    from headrace.compare.report import page
+
+    return page(comparison)
 
 
 def same_file(one: str, other: str) -> bool:
@@ -85,11 +98,15 @@ def same_file(one: str, other: str) -> bool:
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """What is being done now, on stderr, if that is a terminal."""
+    """What is being done now, on one line of stderr, if that is a terminal.
+
+    No spinner: a thread that draws would run beside what is being timed.
+    """
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    from rich.console import Console
-
-    with Console(stderr=True).status("opening the model") as status:
-        yield status.update
+    erase = "\r\x1b[2K"
+    try:
+        yield lambda text: print(erase + text, end="", file=sys.stderr, flush=True)
+    finally:
+        print(erase, end="", file=sys.stderr, flush=True)

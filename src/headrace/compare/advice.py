@@ -97,8 +97,10 @@ def model_text(comparison: Comparison) -> str:
             f"Same model: {config.backend} {config.dtype} is the fp32 reference itself, so one teacher-forced run "
             "served both sides and KL is 0 by definition; top-1 says whether every token was its likeliest."
         )
+    divergence = comparison.base.same_model.divergence
+    where = "" if divergence is None else f" {comparison.base.name} and fp32: {divergence}."
     return (
         "Same model: every answer teacher-forced through the torch float32 backend and through "
         f"{config.backend} {config.dtype}; KL(fp32 ‖ method) per output token in nats. Lossless means that every token "
-        f"is fp32's likeliest and mean KL ≤ {LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain)."
+        f"is fp32's likeliest and mean KL ≤ {LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain).{where}"
     )

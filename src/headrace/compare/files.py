@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from headrace.core.errors import InvalidParameter
 
@@ -13,41 +11,33 @@ ALLOWED = "a file in a folder that can be written to"
 
 
 class ReportFile:
-    """A file beside its final place, renamed onto it by `write`. Use in a `with`: what is not written leaves nothing.
-
-    Raises InvalidParameter, naming `field`, if there can be no such file.
-    """
+    """A path that was seen to be writable. Raises InvalidParameter, naming `field`, if it is not."""
 
     def __init__(self, field: str, path: str) -> None:
         self.path = path
-        shown = InvalidParameter(field, path, ALLOWED)
+        refusal = InvalidParameter(field, path, ALLOWED)
         try:
             # Through a link to what it names, so that the link stays.
             self._target = Path(path).resolve()
-            if not path or (self._target.exists() and not self._target.is_file()):
-                raise shown
-            self._temporary = self._target.with_name(f".{self._target.name[:200]}.{field}.{os.getpid()}.tmp")
-            self._file = self._temporary.open("x", encoding="utf-8")
-            if self._target.exists() and not os.access(self._target, os.W_OK):
-                self.discard()
-                raise shown
+            if not path or (self._target.exists() and not self._is_open_to_us()):
+                raise refusal
+            self._temporary = self._target.with_name(f".{self._target.name[:200]}.{os.getpid()}.tmp")
+            self._write_temporary("")
+            self._temporary.unlink()
         except (OSError, ValueError, RuntimeError) as error:
-            raise shown from error
+            raise refusal from error
+
+    def _is_open_to_us(self) -> bool:
+        return self._target.is_file() and os.access(self._target, os.W_OK)
+
+    def _write_temporary(self, text: str) -> None:
+        try:
+            self._temporary.write_text(text, encoding="utf-8")
+        except OSError:
+            self._temporary.unlink(missing_ok=True)
+            raise
 
     def write(self, text: str) -> None:
-        """The whole content. Raises OSError if the disk is full."""
-        with self._file:
-            self._file.write(text)
+        """The whole content: whoever reads the path sees the old file or the new one. Raises OSError."""
+        self._write_temporary(text)
         self._temporary.replace(self._target)
-
-    def discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()

@@ -105,8 +105,8 @@ def _row(result: MethodResult) -> str:
 
 
 def _spread(spread: Spread, form: Callable[[float], str], more: str = "") -> str:
-    low, high = form(spread.low), form(spread.high)
-    return f'<td class="number">{form(spread.median)}<small>{low}–{high}</small>{more}</td>'
+    spans = f"<small>{form(spread.low)}–{form(spread.high)}</small>" if spread.low < spread.high else ""
+    return f'<td class="number">{form(spread.median)}{spans}{more}</td>'
 
 
 def quality_text(quality: SameModel) -> str:
@@ -203,12 +203,18 @@ def _method(comparison: Comparison) -> str:
     return "<h2>How it was measured</h2>\n<ul>\n" + "".join(f"<li>{_safe(point)}</li>\n" for point in points) + "</ul>"
 
 
+def _nearest(comparison: Comparison, nearest: str) -> str:
+    """Our methods that are most like one of the study's, with their ratios."""
+    fused = [result for result in comparison.methods if result.name == "fused"]
+    static = [result for result in comparison.methods if result.name.startswith("static:")]
+    chosen = {"batch": static or fused, "fused": fused}.get(nearest, [])
+    return ", ".join(f"{one.name} {one.timing.ratio.median:.2f}" for one in chosen) or "not measured here"
+
+
 def _study(comparison: Comparison) -> str:
     rows = []
     for what, published, nearest in STUDY:
-        results = [r for r in comparison.methods[1:] if (r.name.split(":")[0] == "static") == (nearest == "batch")]
-        chosen = [r for r in results if nearest == "batch" or r.name == nearest]
-        ours = ", ".join(f"{r.name} {r.timing.ratio.median:.2f}" for r in chosen) or "not measured here"
+        ours = _nearest(comparison, nearest)
         rows.append(f"{_cell(what)}{_cell(published, 'number')}{_cell(ours, 'number')}")
     head = (("ratio of times", ""), ("study", "number"), ("here", "number"))
     return (

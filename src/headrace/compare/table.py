@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TextIO
 
 from rich import box
@@ -28,17 +28,19 @@ def console(stream: TextIO | None = None, width: int | None = None) -> Console:
     return Console(file=stream, width=width or PIPED_WIDTH, highlight=False, color_system=None, force_terminal=False)
 
 
-def show(comparison: Comparison, written: Sequence[str], out: Console) -> None:
-    """Prints everything; `written`: paths of the reports."""
+def show(comparison: Comparison, out: Console) -> None:
+    """Prints everything that was found."""
     _answers(comparison, out)
     out.print(_table(comparison))
     out.print()
     for sentence in (*advise(comparison.methods, comparison.bound).sentences, measured_text(comparison)):
         out.print(Text(sentence))
     out.print(Text(model_text(comparison)))
-    for path in written:
-        # One line whatever the width, so that it can be clicked and copied.
-        out.print(Text(f"Written: {clean(path)}"), soft_wrap=True)
+
+
+def show_written(path: str, out: Console) -> None:
+    # One line whatever the width, so that it can be clicked and copied.
+    out.print(Text(f"Written: {clean(path)}"), soft_wrap=True)
 
 
 def _answers(comparison: Comparison, out: Console) -> None:
@@ -80,5 +82,7 @@ def _row(result: MethodResult) -> tuple[Text, ...]:
 
 
 def with_range(spread: Spread, form: Callable[[float], str]) -> str:
-    """Median, and below it the range."""
+    """Median, and below it the range where there is one."""
+    if spread.low == spread.high:
+        return form(spread.median)
     return f"{form(spread.median)}\n{form(spread.low)}–{form(spread.high)}"

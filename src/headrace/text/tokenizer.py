@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _MAX_TOKENIZER = 256 * 2**20
 """Bytes of a tokenizer.json; the largest in use (vocabularies of 256k) have about 35 MB."""
 _MAX_TEMPLATE = 2**20
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _OTHER_NAMED = ("sep_token", "cls_token", "mask_token")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
@@ -150,9 +152,9 @@ def _token(value: object, key: str, special: bool = True) -> AddedToken | None:
     """A token of tokenizer_config.json: a string, or an object with `content` and flags."""
     if value is None:
         return None
-    if isinstance(value, str):
+    if _is_unicode(value):
         return AddedToken(value, special=special, normalized=False)
-    if isinstance(value, dict) and isinstance(value.get("content"), str):
+    if isinstance(value, dict) and _is_unicode(value.get("content")):
         flags = {flag: value.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")}
         flags["normalized"] = value.get("normalized", not special)
         if all(isinstance(flag, bool) for flag in flags.values()):
@@ -160,11 +162,16 @@ def _token(value: object, key: str, special: bool = True) -> AddedToken | None:
     raise CheckpointError(f"tokenizer_config.json: {key} is {shorten(value)}, allowed: a string or a token object")
 
 
+def _is_unicode(value: object) -> TypeGuard[str]:
+    """A string without lone surrogates (JSON can spell them, the tokenizers library raises on them)."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _add_tokens(raw: RawTokenizer, settings: Mapping[str, object], named: Mapping[str, AddedToken]) -> None:
     """Adds what tokenizer.json lacks, and marks the named tokens as special, as transformers does."""
     present = {token.content for token in raw.get_added_tokens_decoder().values()}
     added = settings.get("added_tokens_decoder") or {}
-    if not isinstance(added, dict) or not all(key.isdecimal() for key in added):
+    if not isinstance(added, dict) or not all(_TOKEN_ID.fullmatch(key) for key in added):
         raise CheckpointError("tokenizer_config.json: added_tokens_decoder is not an object of token ids")
     for key in sorted(added, key=int):
         token = _token(added[key], f"added_tokens_decoder.{key}", special=False)

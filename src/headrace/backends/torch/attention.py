@@ -24,7 +24,6 @@ TILE = 64
 """Most queries of a span in one call."""
 MAX_KEYS = 32768
 """Most keys, all rows together, in one call: bounds the copies of K and V."""
-QUERY_MULTIPLE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +94,8 @@ def _tile(
     store: KVStore,
 ) -> Tile:
     """Queries [first, first + count) of each of these spans."""
-    if len(spans) * spec.kv_heads == 1:
-        spans = np.repeat(spans, 2)  # a product of one matrix alone may take another kernel
+    if len(spans) < (rows := -(-ops.batch_minimum(spec.head_dim) // spec.kv_heads)):
+        spans = np.resize(spans, rows)  # the same rows again: their bits are the same as well
     flat = (batch.starts[spans] + first)[:, None] + np.arange(count)
     positions = batch.positions[flat]
     length = _padded(int(positions.max()) + 1, store.block_size)
@@ -118,7 +117,7 @@ def _hidden(positions_Rn: IntArray, length: int, per_head: int, window: int | No
         hidden |= keys <= seen_from - window
     hidden = np.repeat(hidden, per_head, axis=1)
     # Rows of padding see every key: a row that sees none would be NaN, and slow.
-    padding = -hidden.shape[1] % QUERY_MULTIPLE
+    padding = -hidden.shape[1] % ops.QUERY_MULTIPLE
     return torch.from_numpy(np.pad(hidden, ((0, 0), (0, padding), (0, 0))))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from headrace.backends.base import BackendOptions
 from headrace.backends.rows import Batch, RequestTable
-from headrace.backends.sampling import F32, Position, Sampled, row_error, sample
+from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample
 from headrace.backends.torch import ops
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.model import Decoder
@@ -141,8 +142,10 @@ class TorchBackend:
             prepared = time.perf_counter()
             logits_PV: F32 = loaded.decoder.logits(batch, loaded.store).numpy()
         except Exception as error:  # the row at fault gets it as data
+            if len(steps) == 1 and steps[0].drafts:
+                return [self._run_without_drafts(loaded, steps[0], seconds)]
             if len(steps) == 1:
-                return [RowOut(steps[0].row, error=row_error(error))]
+                return [RowOut(steps[0].row, error=RowError(*code_and_message(error)))]
             half = len(steps) // 2
             return self._run(loaded, steps[:half], seconds) + self._run(loaded, steps[half:], seconds)
         computed = time.perf_counter()
@@ -150,7 +153,16 @@ class TorchBackend:
         seconds["prepare"] += prepared - began
         seconds["forward"] += computed - prepared
         seconds["sample"] += time.perf_counter() - computed
+        for i, step in enumerate(steps):
+            if outs[i].error is not None and step.drafts:
+                outs[i] = self._run_without_drafts(loaded, step, seconds)
         return outs
+
+    def _run_without_drafts(self, loaded: Loaded, step: RowStep, seconds: dict[str, float]) -> RowOut:
+        """A draft is a guess: one that makes its row fail (its NaN reaches the whole span) must not end the request."""
+        first = step.start + step.length
+        loaded.store.zero_slots(torch.from_numpy(loaded.table.slots(step.row, first, first + len(step.drafts))))
+        return self._run(loaded, [replace(step, drafts=(), mask=_masks(step)[0])], seconds)[0]
 
 
 def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F32) -> list[RowOut]:
@@ -173,8 +185,8 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
         out = _row_out(step, mine, raw)
         if out.error is None and step.sample:
             loaded.table.append(step.row, out.tokens)
-        if out.accepted < len(step.drafts):
-            # What was rejected may be NaN: it must not lie where later tokens only mask it.
+        if out.error is None and out.accepted < len(step.drafts):
+            # What was rejected may be infinite: it must not lie where later tokens only mask it.
             place = int(batch.starts[i] + step.length + out.accepted)
             stop = int(batch.starts[i] + batch.lengths[i])
             loaded.store.zero_slots(torch.from_numpy(batch.slots[place:stop]))
@@ -185,14 +197,17 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
 def _positions(loaded: Loaded, step: RowStep) -> list[Position]:
     """A mask holds one vocabulary's bits for each position: after the known tokens, then after each draft."""
     row = loaded.table.row(step.row)
-    wanted = 1 + len(step.drafts)
-    masks: Sequence[bytes | None] = [None] * wanted
-    if step.mask is not None:
-        packed = bytes(step.mask) if isinstance(step.mask, bytes | bytearray | memoryview) else b""
-        size = math.ceil(len(packed) / wanted)
-        masks = [packed[i * size : (i + 1) * size] for i in range(wanted)]
     first = step.start + step.length - row.num_prompt
-    return [Position(row.sampling, first + i, row.stop_ids, mask) for i, mask in enumerate(masks)]
+    return [Position(row.sampling, first + i, row.stop_ids, mask) for i, mask in enumerate(_masks(step))]
+
+
+def _masks(step: RowStep) -> Sequence[bytes | None]:
+    wanted = 1 + len(step.drafts)
+    if step.mask is None:
+        return [None] * wanted
+    packed = step.mask if isinstance(step.mask, bytes) else b""
+    size = math.ceil(len(packed) / wanted)
+    return [packed[i * size : (i + 1) * size] for i in range(wanted)]
 
 
 def _row_out(step: RowStep, sampled: Sequence[Sampled | RowError], raw: F32 | None) -> RowOut:
@@ -210,5 +225,5 @@ def _row_out(step: RowStep, sampled: Sequence[Sampled | RowError], raw: F32 | No
             break
         accepted += 1
     if raw is not None and not step.sample and not np.isfinite(raw).all():
-        return RowOut(step.row, error=row_error(NonFiniteLogits("the model's logits are not finite")))
+        return RowOut(step.row, error=RowError(NonFiniteLogits.code, NOT_FINITE))
     return RowOut(step.row, tuple(tokens), accepted, tuple(logprobs), None, raw)

@@ -22,9 +22,7 @@ class KVStore:
     owned by nobody and always zero: block tables are padded with it.
     """
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, int]], num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         """`shapes`: (KV heads, head dim) of each layer. Memory is taken up as blocks are first written."""
         self.block_size = block_size
         self.layers = [

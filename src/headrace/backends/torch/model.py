@@ -123,12 +123,23 @@ class Decoder:
             self._head = slots.linear({HEAD: spec.vocab_size}, spec.hidden_size, spec.head.bias)
         slots.fill(tensors)
         self.weight_bytes = sum(view.nbytes for view in slots.views.values())
+        slots.views.clear()  # so that each plain weight goes as soon as it is packed
+        for block in self._layers:
+            for linear in (block.qkv, block.o, block.gate_up, block.down):
+                linear.weight = ops.pack(linear.weight)
+        self._head.weight = ops.pack(self._head.weight)
+        if spec.embedding.tied and self._head.weight is not self._embedding:
+            self.weight_bytes += self._embedding.nbytes
         self._attention = spec.layers[0].attention
         self._windows = tuple({layer_spec.attention.window for layer_spec in spec.layers})
-        self._ropes: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
+        # A list, not a dict: a RopeSpec may hold a mapping and has no hash.
+        self._rope_specs: list[RopeSpec] = []
         for layer_spec in spec.layers:
-            if (rope := layer_spec.attention.rope) is not None and rope not in self._ropes:
-                self._ropes[rope] = ops.rope_table(rope, max_model_len, dtype)
+            if (rope := layer_spec.attention.rope) is not None and rope not in self._rope_specs:
+                self._rope_specs.append(rope)
+        self._rope_tables = [ops.rope_table(rope, max_model_len, dtype) for rope in self._rope_specs]
+        ropes = [one.attention.rope for one in spec.layers]
+        self._rope_of = [None if rope is None else self._rope_specs.index(rope) for rope in ropes]
 
     @torch.inference_mode()
     def logits(self, batch: Batch, store: KVStore) -> Tensor:
@@ -137,16 +148,16 @@ class Decoder:
         hidden = ops.embed(torch.from_numpy(batch.token_ids), self._embedding)
         hidden = self._pad(hidden)
         positions = torch.from_numpy(batch.positions)
-        ropes = {rope: (cos[positions], sin[positions]) for rope, (cos, sin) in self._ropes.items()}
+        ropes = [(cos[positions], sin[positions]) for cos, sin in self._rope_tables]
         places = store.places(torch.from_numpy(batch.slots), self._attention.kv_heads)
         step_tiles = tiles(batch, self._attention, self._windows, store)
         mixed = hidden.new_zeros(len(hidden), self._attention.heads, self._attention.head_dim)
         for index, block in enumerate(self._layers):
             attention = block.spec.attention
             q, k, v = _heads(block, block.qkv(block.pre_attn(hidden))[:count])
-            if attention.rope is not None:
-                cos, sin = ropes[attention.rope]
-                q, k = (ops.apply_rope(x, cos, sin, attention.rope.interleaved) for x in (q, k))
+            if (turn := self._rope_of[index]) is not None:
+                interleaved = self._rope_specs[turn].interleaved
+                q, k = (ops.apply_rope(x, *ropes[turn], interleaved) for x in (q, k))
             store.write(index, places, k, v)
             for tile in step_tiles:
                 attend(tile, index, attention, q, mixed, store)

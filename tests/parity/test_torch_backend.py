@@ -1,0 +1,249 @@
+"""What is the torch backend's own: its operations, what it refuses, and how it starts and ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_gptj
+from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+
+from headrace.backends.base import BackendOptions
+from headrace.backends.torch import ops
+from headrace.backends.torch.backend import TorchBackend
+from headrace.core.errors import ConfigError, EngineError, HeadraceError, OutOfMemory, UnsupportedModel, WeightsMismatch
+from headrace.core.spec import (
+    AttentionSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+    RopeScaling,
+    RopeSpec,
+    WeightMap,
+)
+from headrace.core.types import RowStep, StepPlan
+from headrace.models.registry import describe
+from headrace.parallel.mesh import Mesh
+from headrace.testing.driver import Driver
+from headrace.weights.checkpoint import Checkpoint, open_checkpoint
+from headrace.weights.loader import stream
+from headrace.weights.qtensor import QTensor
+
+OPTIONS = BackendOptions("float32", 1, 8, 16, 4, 64, 64)
+Tensors = Iterator[tuple[str, QTensor]]
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Callable[..., Path]) -> tuple[Checkpoint, ModelSpec, WeightMap]:
+    source = open_checkpoint(checkpoint("llama"))
+    description = describe(source.config, source.format, source.shapes())
+    return source, description.spec, description.weight_map
+
+
+def load(tiny: Any, spec: ModelSpec | None = None, mesh: Mesh | None = None, **options: Any) -> TorchBackend:
+    source, own, weight_map = tiny
+    backend = TorchBackend()
+    backend.load(spec or own, stream(source, weight_map), replace(OPTIONS, **options), mesh or Mesh())
+    return backend
+
+
+# ---------------------------------------------------------------- operations
+
+
+def test_layer_norm() -> None:
+    x, weight, bias = torch.randn(5, 24) * 3 + 1, torch.randn(24), torch.randn(24)
+    spec = NormSpec("layer", 1e-5, 24, bias=True)
+    wanted = torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-5)
+    assert torch.allclose(ops.norm(x, weight, bias, spec), wanted, atol=1e-6)
+
+
+def test_interleaved_and_partial_rope_are_gptjs() -> None:
+    x = torch.randn(7, 3, 16)
+    positions = torch.tensor([0, 1, 2, 9, 30, 31, 5])
+    cos, sin = ops.rope_table(RopeSpec(8, 10_000.0, interleaved=True), 32, torch.float32)
+    angles = create_sinusoidal_positions(32, 8)[positions]
+    sines, cosines = angles[None, :, :4], angles[None, :, 4:]
+    wanted = torch.cat((rotate_gptj(x[None, ..., :8], sines, cosines)[0], x[..., 8:]), dim=-1)
+    assert torch.allclose(ops.apply_rope(x, cos[positions], sin[positions], True), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_products_do_not_show_how_many_rows_there_are(threads: int) -> None:
+    """The premise of batch invariance, for shapes of real models and every number of rows that can come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    multiple = ops.row_multiple(threads)
+    try:
+        with torch.inference_mode():
+            for rows, columns in ((960, 576), (576, 1536), (97, 48), (1100, 300)):
+                weight, x = ops.pack(torch.randn(rows, columns)), torch.randn(60 * multiple, columns)
+                whole = ops.linear(x, weight, None)
+                for count, first in itertools.product((1, 2, 3, 7, 16, 31), (0, 5)):
+                    part = slice(first, first + count * multiple)
+                    assert torch.equal(ops.linear(x[part].contiguous(), weight, None), whole[part])
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+def with_attention(**change: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: with_layer(attention=replace(spec.layers[0].attention, **change))(spec)
+
+
+def with_layer(**change: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: replace(spec, layers=(spec.layers[0], replace(spec.layers[1], **change)))
+
+
+def with_mlp(**change: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: with_layer(mlp=replace(spec.layers[0].mlp, **change))(spec)
+
+
+def with_norms(**change: Any) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: with_layer(norms=replace(spec.layers[0].norms, **change))(spec)
+
+
+NORM = NormSpec("rms", 1e-6, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (with_attention(q_norm=NORM), "attention.q_norm"),
+        (with_attention(k_norm=NORM), "attention.k_norm"),
+        (with_attention(softcap=30.0), "attention.softcap"),
+        (with_attention(alibi=True), "attention.alibi"),
+        (with_attention(kv_heads=1), "attention.heads that differ"),
+        (with_attention(rope=RopeSpec(16, 1e4)), "attention.rope"),
+        (with_attention(rope=RopeSpec(8, 1e4, scaling=RopeScaling("yarn"))), "rope.scaling"),
+        (with_mlp(experts=MoeSpec(4, 2, 8, True)), "mlp.experts"),
+        (with_mlp(gated=False), "mlp.gated"),
+        (with_norms(post_attn=NORM), "norms.post_attn"),
+        (with_norms(post_mlp=NORM), "norms.post_mlp"),
+        (with_norms(pre_mlp=None), "norms.pre_mlp"),
+        (with_norms(pre_attn=replace(NORM, unit_offset=True)), "norms.unit_offset"),
+        (with_layer(parallel=True), "parallel"),
+        (with_layer(residual_scale=0.5), "residual_scale"),
+        (lambda spec: replace(spec, embedding=EmbeddingSpec(False, scale=2.0)), "embedding.scale"),
+        (lambda spec: replace(spec, embedding=EmbeddingSpec(False, 1.0, (2, 64))), "embedding.learned_positions"),
+        (lambda spec: replace(spec, head=HeadSpec(softcap=30.0)), "head.softcap"),
+        (lambda spec: replace(spec, head=HeadSpec(scale=0.5)), "head.scale"),
+        (lambda spec: replace(spec, final_norm=replace(NORM, unit_offset=True)), "final_norm.unit_offset"),
+        (lambda spec: replace(spec, layers=()), "layers"),
+    ],
+)
+def test_a_field_it_does_not_run_is_named(tiny: Any, change: Callable[[ModelSpec], ModelSpec], field: str) -> None:
+    with pytest.raises(UnsupportedModel, match=field):
+        load(tiny, change(tiny[1]))
+
+
+def test_every_field_of_attention_and_layer_is_known_here() -> None:
+    """A field added to the spec must be honoured or refused: this list is a reminder."""
+    assert set(AttentionSpec.__slots__) == {
+        *("heads", "kv_heads", "head_dim", "scale", "qkv_bias", "o_bias", "q_norm", "k_norm", "rope", "window"),
+        *("softcap", "alibi"),
+    }
+    assert set(LayerSpec.__slots__) == {"attention", "mlp", "norms", "parallel", "residual_scale"}
+
+
+def swapped(tensors: Tensors, change: Callable[[dict[str, QTensor]], list[tuple[str, QTensor]]]) -> Any:
+    return iter(change(dict(tensors)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: list(t.items())[1:], "1 tensors did not come"),
+        (lambda t: [*t.items(), next(iter(t.items()))], "came twice"),
+        (lambda t: [*t.items(), ("layers.9.attn.q.weight", t["layers.0.attn.q.weight"])], "is not part of the model"),
+        (lambda t: [(n, q.rows(0, 3) if n == "embed.weight" else q) for n, q in t.items()], r"shape \(3, 48\)"),
+    ],
+)
+def test_every_tensor_comes_once(tiny: Any, change: Any, message: str) -> None:
+    source, spec, weight_map = tiny
+    with pytest.raises(WeightsMismatch, match=message):
+        TorchBackend().load(spec, swapped(stream(source, weight_map), change), OPTIONS, Mesh())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (UnsupportedModel, {"mesh": Mesh(tp=2)}, "2 × 1 ranks"),
+        (UnsupportedModel, {"mesh": Mesh(pp=2)}, "1 × 2 ranks"),
+        (ConfigError, {"dtype": "float8"}, "dtype: got 'float8'"),
+        (OutOfMemory, {"num_blocks": 1 << 44}, "do not fit in memory"),
+    ],
+)
+def test_options_it_cannot_honour(tiny: Any, kind: type[HeadraceError], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        load(tiny, **options)
+
+
+# ---------------------------------------------------------------- from load to close
+
+
+def test_life(tiny: Any) -> None:
+    backend = TorchBackend()
+    with pytest.raises(EngineError, match="holds no model"):
+        backend.submit(StepPlan(0, ()))
+    backend = load(tiny)
+    with pytest.raises(EngineError, match="already holds a model"):
+        backend.load(tiny[1], iter(()), OPTIONS, Mesh())
+    with pytest.raises(EngineError, match="result\\(\\) without a plan"):
+        backend.result()
+    backend.submit(StepPlan(7, ()))
+    with pytest.raises(EngineError, match="before the result of plan 7"):
+        backend.submit(StepPlan(8, ()))
+    assert backend.result().step == 7
+    memory = backend.memory()
+    assert memory["kv_cache"] == 2 * 2 * 17 * 2 * 8 * 8 * 4
+    assert memory["weights"] == 4 * sum(np.prod(rule.shape) for rule in tiny[2].rules)
+    assert "float32" in backend.explain() and backend.probe()["device"] == "cpu"
+    backend.close()
+    backend.close()
+    for call in (backend.result, backend.explain, backend.memory, lambda: backend.submit(StepPlan(9, ()))):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+    with pytest.raises(EngineError, match="closed"):
+        backend.load(tiny[1], iter(()), OPTIONS, Mesh())
+
+
+def test_seconds_by_phase(tiny: Any) -> None:
+    backend = load(tiny)
+    driver = Driver(backend, _capacity())
+    driver.submit(driver.span(driver.admit([3, 4, 5]), 3))
+    seconds = backend.result().seconds
+    assert set(seconds) == {"prepare", "forward", "sample"} and all(value > 0 for value in seconds.values())
+
+
+def _capacity() -> Any:
+    from headrace.core.types import Capacity
+
+    return Capacity(OPTIONS.num_blocks, OPTIONS.block_size, OPTIONS.max_rows, OPTIONS.max_tokens)
+
+
+def test_a_plan_that_breaks_the_protocol(tiny: Any) -> None:
+    with pytest.raises(EngineError, match="row 3, where no request is"):
+        load(tiny).submit(StepPlan(0, (RowStep(3, 0, 1),)))
+
+
+def test_a_grammar_mask_for_each_draft(tiny: Any) -> None:
+    """One vocabulary's bits for each position: only id 5, then only id 6, then only id 7."""
+    backend = load(tiny)
+    driver = Driver(backend, _capacity())
+    row = driver.admit([3, 4])
+    masks = b"".join((1 << token).to_bytes(13, "little") for token in (5, 6, 7))
+    (out,) = driver.run(replace(driver.span(row, 2, drafts=(5, 6)), mask=masks)).values()
+    assert out.tokens == (5, 6, 7) and out.accepted == 2
+    (out,) = driver.run(replace(driver.span(row, 1), mask=b"\x01")).values()
+    assert out.error is not None and "13 needed" in out.error.message
