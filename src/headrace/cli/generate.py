@@ -79,7 +79,7 @@ class Job:
                 prompt, sampling = parse_line(line, self._base)
                 good.append((index, self._opened.request(str(index), prompt, sampling)))
             except RequestError as error:
-                self._show(refused(index, (), error))
+                self._show(refused(index, error))
         if good:
             self._answer(good)
         if not self._failures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.core.errors import HeadraceError
-from headrace.core.types import ErrorEvent, Event, FinishEvent, Request, TokenEvent, TokenLogprobs
+from headrace.core.types import ErrorEvent, FinishEvent, Request, TokenEvent, TokenLogprobs
 from headrace.text.detokenize import Detokenizer
 from headrace.text.stop import StopStrings
 from headrace.text.tokenizer import Tokenizer
@@ -49,11 +49,12 @@ class Completion:
 class Answer:
     """Collects one request's events."""
 
-    def __init__(self, index: int, request: Request, tokenizer: Tokenizer, arrival_s: float) -> None:
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None, arrival_s: float) -> None:
+        """Without a tokenizer the text stays empty."""
         sampling = request.sampling
         self.index = index
         self.request = request
-        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop)
         self._arrival_s = arrival_s
         self._token_ids: list[int] = []
@@ -73,6 +74,8 @@ class Answer:
         for index, token_id in enumerate(event.token_ids):
             self._token_ids.append(token_id)
             self._logprobs.extend(event.logprobs[index : index + 1])
+            if self._detokenizer is None:
+                continue
             text, self._stopped = self._stops.push(self._detokenizer.push([token_id]))
             self._text.append(text)
             if self._stopped:
@@ -82,7 +85,7 @@ class Answer:
     def end(self, event: FinishEvent | ErrorEvent) -> Completion:
         """The terminal event: nothing comes after it."""
         error = RequestFailure(event.code, event.message) if isinstance(event, ErrorEvent) else None
-        if not self._stopped:
+        if not self._stopped and self._detokenizer is not None:
             text, self._stopped = self._stops.push(self._detokenizer.finish())
             self._text.append(text)
             if not self._stopped:
@@ -108,10 +111,6 @@ class Answer:
         )
 
 
-def refused(index: int, token_ids: tuple[int, ...], error: HeadraceError) -> Completion:
+def refused(index: int, error: HeadraceError) -> Completion:
     """The completion of a request that never reached the engine."""
-    return Completion(index, token_ids, (), "", None, error=RequestFailure(error.code, str(error)))
-
-
-def is_terminal(event: Event) -> bool:
-    return not isinstance(event, TokenEvent)
+    return Completion(index, (), (), "", None, error=RequestFailure(error.code, str(error)))

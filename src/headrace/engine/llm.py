@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import EngineError, InvalidParameter, RequestError
-from headrace.core.types import Request, SamplingParams, TokenEvent
+from headrace.core.types import SamplingParams, TokenEvent
 from headrace.engine.answer import Answer, Completion, refused
 from headrace.engine.client import InProcessClient
 from headrace.engine.model import Message, OpenModel, Prompt
@@ -115,19 +115,18 @@ class LLM:
 
     def _iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]]) -> Iterator[Completion]:
         client = self._running_client()
+        tokenizer = self._opened.tokenizer if self._opened.has_text else None
         live: dict[str, Answer] = {}
         try:
             for index, (prompt, sampling) in enumerate(asked):
-                token_ids: tuple[int, ...] = ()
-                try:
-                    token_ids = self._opened.encode(prompt)
-                except RequestError as error:
-                    yield refused(index, token_ids, error)
-                    continue
                 self._count += 1
                 now_s = time.monotonic()
-                request = Request(f"llm-{self._count}", token_ids, with_seed(sampling), arrival_s=now_s)
-                live[request.id] = Answer(index, request, self._opened.tokenizer, now_s)
+                try:
+                    request = self._opened.request(f"llm-{self._count}", prompt, with_seed(sampling), now_s)
+                except RequestError as error:
+                    yield refused(index, error)
+                    continue
+                live[request.id] = Answer(index, request, tokenizer, now_s)
                 client.submit(request)
             while live:
                 for event in client.poll():

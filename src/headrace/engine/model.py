@@ -24,7 +24,7 @@ from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
 from headrace.text.chat import ChatTemplate
-from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
 from headrace.weights.checkpoint import locate, open_checkpoint
 from headrace.weights.loader import stream
 
@@ -48,8 +48,22 @@ class OpenModel:
         self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len)
 
     @cached_property
+    def has_text(self) -> bool:
+        """Whether the model comes with a tokenizer. Without one it takes and gives token ids."""
+        return has_tokenizer(self.checkpoint)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Raises RequestError if the model comes without one."""
+        if not self.has_text:
+            where = "tokenizer.ggml.model" if self.checkpoint.format == "gguf" else "tokenizer.json"
+            raise RequestError(f"this model has no tokenizer ({where} is missing): give prompt_token_ids, and no stop")
         return load_tokenizer(self.checkpoint)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every id that ends an answer."""
+        return self.tokenizer.eos_token_ids if self.has_text else declared_eos_ids(self.checkpoint)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -73,9 +87,12 @@ class OpenModel:
                 raise InvalidParameter("prompt", token_id, allowed)
         return tuple(cast("Sequence[int]", prompt))
 
-    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0) -> Request:
         """The prompt as a validated request. Raises RequestError."""
-        request = Request(request_id, self.encode(prompt), sampling)
+        token_ids = self.encode(prompt)
+        if sampling.stop and not self.has_text:
+            raise InvalidParameter("stop", sampling.stop, "stop_token_ids, since this model has no tokenizer")
+        request = Request(request_id, token_ids, sampling, arrival_s=arrival_s)
         validate(request, self.limits)
         return request
 
@@ -103,7 +120,7 @@ class OpenModel:
         identity = f"{self.checkpoint.fingerprint()}/{config.backend}/{config.dtype}"
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
-        scheduler = Scheduler(capacity, config.max_model_len, self.tokenizer.eos_token_ids, policy, cache)
+        scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
         return EngineCore(backend, scheduler, self.limits), time.monotonic() - began
 
 

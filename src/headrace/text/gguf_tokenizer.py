@@ -75,7 +75,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _TOKEN_TYPES = range(7)  # undefined, normal, unknown, control, user-defined, unused, byte
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_NAMED = {
+_NAMED: Mapping[str, str] = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "pad_token": "padding_token_id",
@@ -180,7 +180,9 @@ def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> Tokenizer
     for wanted, token_id, what in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
         if wanted and token_id is None:
             raise CheckpointError(f"{name}: add_{what}_token is true, but tokenizer.ggml.{what}_token_id is missing")
-    _set_bos_eos(raw, tokens[bos] if add_bos and bos is not None else None, tokens[eos] if add_eos and eos else None)
+    _set_bos_eos(
+        raw, tokens[bos] if add_bos and bos is not None else None, tokens[eos] if add_eos and eos is not None else None
+    )
     return TokenizerParts(
         raw=raw,
         eos_token_ids=frozenset(i for key in _STOP_KEYS if (i := ids[key]) is not None),
@@ -188,6 +190,13 @@ def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> Tokenizer
         special_tokens={what: tokens[i] for what, key in _NAMED.items() if (i := ids[key]) is not None},
         chat_template=read.text("tokenizer.chat_template"),
     )
+
+
+def gguf_eos_ids(metadata: Mapping[str, object], name: str) -> frozenset[int]:
+    """The ids that end an answer, of a file that need not have a tokenizer. Raises CheckpointError."""
+    read = _Metadata(metadata, name)
+    ids = (read.token_id(f"tokenizer.ggml.{key}", 2**31) for key in _STOP_KEYS)
+    return frozenset(i for i in ids if i is not None)
 
 
 def _set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:

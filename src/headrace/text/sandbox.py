@@ -41,7 +41,7 @@ def compile_template(source: str, max_size: int) -> jinja2.Template:
 class _GenerationTag(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is its content."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    tags = frozenset(("generation",))  # type: ignore[assignment] # jinja2 declares a set and only reads it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

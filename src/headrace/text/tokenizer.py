@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from headrace.core.errors import CheckpointError, RequestError, TemplateError, UnsupportedModel, shorten
 from headrace.text.chat import ChatTemplate
 from headrace.text.detokenize import Detokenizer, read_decoder
-from headrace.text.gguf_tokenizer import TokenizerParts, build_gguf_tokenizer
+from headrace.text.gguf_tokenizer import TokenizerParts, build_gguf_tokenizer, gguf_eos_ids
 from headrace.weights.checkpoint import read_json
 from headrace.weights.files import read_file
 
@@ -100,6 +100,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.format == "gguf":
         return Tokenizer(build_gguf_tokenizer(checkpoint.config, name), name)
     return Tokenizer(_read_folder(checkpoint.path, checkpoint.config), "tokenizer.json")
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there is anything to load: a model without one still takes and gives token ids."""
+    if checkpoint.format == "gguf":
+        return "tokenizer.ggml.model" in checkpoint.config
+    return any((checkpoint.path / name).is_file() for name in ("tokenizer.json", *_OTHER_FORMATS))
+
+
+def declared_eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """The end-of-sequence ids that a model says itself, without its tokenizer. Raises CheckpointError."""
+    if checkpoint.format == "gguf":
+        return gguf_eos_ids(checkpoint.config, checkpoint.path.name)
+    return _declared_in_folder(checkpoint.path, checkpoint.config) or frozenset()
 
 
 def _read_folder(folder: Path, config: Mapping[str, object]) -> TokenizerParts:
@@ -199,7 +213,16 @@ def _extra_tokens(value: object, key: str) -> Iterator[AddedToken]:
 
 
 def _eos_ids(folder: Path, config: Mapping[str, object], raw: RawTokenizer, eos_token: str | None) -> frozenset[int]:
-    """From generation_config.json, else config.json (or its text_config), else the tokenizer's eos_token."""
+    """What the model declares, else the tokenizer's eos_token."""
+    declared = _declared_in_folder(folder, config)
+    if declared is not None:
+        return declared
+    eos_id = raw.token_to_id(eos_token) if eos_token is not None else None
+    return frozenset() if eos_id is None else frozenset((eos_id,))
+
+
+def _declared_in_folder(folder: Path, config: Mapping[str, object]) -> frozenset[int] | None:
+    """From generation_config.json, else config.json (or its text_config); None where none of them says."""
     text_config = config.get("text_config")
     sources = (
         ("generation_config.json", _optional_json(folder / "generation_config.json")),
@@ -214,8 +237,7 @@ def _eos_ids(folder: Path, config: Mapping[str, object], raw: RawTokenizer, eos_
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
             raise CheckpointError(f"{name}: eos_token_id is {shorten(value)}, allowed: a token id or a list of them")
         return frozenset(ids)
-    eos_id = raw.token_to_id(eos_token) if eos_token is not None else None
-    return frozenset() if eos_id is None else frozenset((eos_id,))
+    return None
 
 
 def _read_template(folder: Path, settings: Mapping[str, object]) -> str | None:
