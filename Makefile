@@ -23,7 +23,7 @@ endef
 .PHONY: help demo test check clean clients robustness bench gpu-check docs FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/run.stamp ## install, then compare the ways to run the demo model (writes headrace-compare.html)
 	@$(BIN)/headrace compare demo --html headrace-compare.html
@@ -41,7 +41,13 @@ clean: ## remove the environment, the caches and the reports
 	rm -f headrace-compare.html headrace-compare.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clients robustness bench gpu-check docs:
+robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: does the property test notice each one?
+	@$(BIN)/python -m tests.robustness.mutants
+
+bench: $(VENV)/dev.stamp ## 32 requests against transformers eager, interleaved
+	@$(BIN)/python benchmarks/torch_batch.py
+
+clients gpu-check docs:
 	@echo "make $@: not built yet" >&2; exit 2
 
 # `made` and `unfinished` mark an environment as ours: only such a one is ever removed to be made anew.

@@ -173,3 +173,22 @@ def test_closing_gives_everything_back(demo_path: Path) -> None:
     llm.close()
     with pytest.raises(EngineError, match="closed"):
         llm.generate("x")
+
+
+def test_a_model_without_tokenizer_takes_and_gives_ids(tmp_path: Path) -> None:
+    """As transformers saves it: no tokenizer.json. Ids in, ids out; what needs text is refused, request by request."""
+    from headrace.testing.checkpoints import tiny_checkpoint
+
+    path = tmp_path / "tiny"
+    tiny_checkpoint(path, "qwen2", seed=3)
+    with LLM(str(path), max_model_len=64) as llm:
+        ids, text, stop = (
+            llm.generate([[1, 2, 3]], max_tokens=5, ignore_eos=True)[0],
+            llm.generate("hello", max_tokens=5)[0],
+            llm.generate([[1, 2, 3]], max_tokens=5, stop="x")[0],
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert list(ids.token_ids) == out[0, 3:].tolist() and ids.text == "" and ids.error is None
+    assert text.error is not None and "no tokenizer" in text.error.message
+    assert stop.error is not None and stop.error.code == "invalid_parameter"
