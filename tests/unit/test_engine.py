@@ -17,6 +17,8 @@ from headrace.core.types import (
     FinishEvent,
     FinishReason,
     Request,
+    RowError,
+    RowOut,
     SamplingParams,
     StepPlan,
     StepResult,
@@ -187,6 +189,30 @@ def test_a_failing_request_fails_alone(depth: int) -> None:
     assert tokens["b"] == answer(prompts["b"], VOCAB, 20)
     terminal = [e.request_id for e in events if not isinstance(e, TokenEvent)]
     assert sorted(terminal) == sorted(prompts)
+
+
+class FlakyBackend(FakeBackend):
+    """Fails the third step, once, as a passing fault of the machine would."""
+
+    def result(self) -> StepResult:
+        right = super().result()
+        if right.step != 2:
+            return right
+        return StepResult(2, tuple(RowOut(out.row, error=RowError("nan_logits", "once")) for out in right.rows))
+
+
+def test_what_a_failed_request_left_in_the_cache_is_not_found_again() -> None:
+    """Chunks before the fault were published at their commits; a second try must not build on them."""
+    capacity = Capacity(blocks=64, block_size=4, max_rows=2, max_tokens=8)
+    core = make_core(backend=FlakyBackend(VOCAB), capacity=capacity, prefix_cache=True)
+    prompt = tuple(range(30))
+    core.submit(Request("sick", prompt, SamplingParams(max_tokens=3, ignore_eos=True)))
+    assert isinstance(drain(core)[-1], ErrorEvent)
+    core.submit(Request("again", prompt, SamplingParams(max_tokens=3, ignore_eos=True)))
+    events = drain(core)
+    end = events[-1]
+    assert isinstance(end, FinishEvent) and end.cached_tokens == 0
+    assert tokens_of(events)["again"] == answer(prompt, VOCAB, 3)
 
 
 def test_deadline_ends_a_request_with_its_code() -> None:

@@ -57,6 +57,10 @@ class BlockPool:
         """The held block's content can be matched from now on: without holders it becomes idle, not free."""
         self._kept.add(block)
 
+    def forget(self, block: int) -> None:
+        """The opposite of `keep`, for a held block: without holders it becomes free."""
+        self._kept.discard(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each, last first: the tail of a sequence is the first to be evicted later."""
         for block in reversed(blocks):

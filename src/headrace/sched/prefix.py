@@ -82,6 +82,13 @@ class PrefixCache:
             self.pool.keep(block)
         return key
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Held blocks whose content is not to be trusted: they are not found any more, and freed at their release."""
+        for block in blocks:
+            if block in self._by_block:
+                self._evict(block)
+                self.pool.forget(block)
+
     def _evict(self, block: int) -> None:
         del self._by_key[self._by_block.pop(block).key]
 

@@ -326,6 +326,8 @@ class Scheduler:
 
     def _commit_row(self, sequence: Sequence, span: _Span, out: RowOut, now_s: float) -> None:
         if out.error is not None:
+            # What an earlier chunk left may be the cause: nobody may find it again.
+            self._cache.withdraw(sequence.blocks)
             self._end(sequence, ErrorEvent(sequence.request.id, out.error.code, out.error.message, now_s))
             return
         sequence.num_computed = span.stop
