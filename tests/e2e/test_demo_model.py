@@ -164,6 +164,22 @@ def test_the_command_prints_one_object_a_request_in_order(tmp_path: Path, llm: L
     assert stats["stats"]["computed_tokens"] == prompts + 23 - 4
 
 
+def test_an_answer_that_the_pipe_cannot_spell_is_printed_all_the_same(demo_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "headrace.cli.main",
+        "generate",
+        "demo",
+        "--prompt",
+        "日本の首都は",
+        "--max-tokens",
+        "8",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and run.stdout.strip() and run.stderr == ""
+
+
 def test_closing_gives_everything_back(demo_path: Path) -> None:
     from headrace.core.errors import EngineError
 

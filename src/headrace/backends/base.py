@@ -30,7 +30,7 @@ class BackendOptions:
 class Backend(Protocol):
     """Executes one plan after another on one rank. A row's error is data (RowOut.error), never an exception.
 
-    `submit` may raise only if the device itself is gone.
+    `submit` raises only if the device itself is gone, or EngineError for a plan that breaks the protocol.
     """
 
     name: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -69,9 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     with opened.checkpoint, progress_line() as progress:
         workload = text4(opened, arguments.max_tokens)
         comparison = compare(opened, workload, with_base(names), arguments.repeats, progress)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # An answer may hold any character; the encoding of a pipe may not.
-        sys.stdout.reconfigure(errors="replace")
     out = console()
     show(comparison, out)
     for kind, file in files.items():

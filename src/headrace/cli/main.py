@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What the user did wrong is one line on stderr, without traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # An answer, or a file name in an error, may hold any character; the encoding of a pipe may not.
+            stream.reconfigure(errors="replace")
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)

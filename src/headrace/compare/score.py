@@ -21,10 +21,7 @@ from headrace.core.config import ResolvedConfig
 from headrace.core.errors import EngineError, NonFiniteLogits
 from headrace.core.sizing import blocks_for
 from headrace.core.types import Admit, RowStep, SamplingParams, StepPlan
-from headrace.engine.model import OpenModel, create_backend
-from headrace.models.registry import describe
-from headrace.parallel.mesh import Mesh
-from headrace.weights.loader import stream
+from headrace.engine.model import OpenModel
 
 CHUNK = 64
 """Positions computed, and held as logits, at once."""
@@ -54,18 +51,7 @@ def loader(opened: OpenModel, backend: str, dtype: str, longest: int) -> Load:
         max_model_len=longest,
     )
 
-    def load() -> Backend:
-        checkpoint = opened.checkpoint
-        weight_map = describe(checkpoint.config, checkpoint.format, checkpoint.shapes()).weight_map
-        loaded = create_backend(backend)
-        try:
-            loaded.load(opened.spec, stream(checkpoint, weight_map), options, Mesh())
-        except BaseException:
-            loaded.close()
-            raise
-        return loaded
-
-    return load
+    return lambda: opened.load_backend(backend, options)[0]
 
 
 def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | None) -> list[Scored]:

@@ -162,7 +162,8 @@ class RowStep:
     sample: bool = False
     """Sample after the last token. False for a chunk that does not reach the end of what is known."""
     mask: object | None = None
-    """Grammar mask: a little-endian bit a token id, as bytes; None: every token is allowed."""
+    """Grammar masks as bytes: for each sampled position (1 + drafts), ceil(vocabulary / 8) of them with a little-endian
+    bit a token id. None: every token is allowed."""
     logits: bool = False
     """Return the raw logits of every computed position (for verdicts and tests)."""
 

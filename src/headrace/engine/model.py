@@ -14,7 +14,7 @@ from headrace.backends.base import Backend, BackendOptions
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, InvalidParameter, RequestError
 from headrace.core.resolve import check_config, resolve
-from headrace.core.types import EngineLimits, Request, SamplingParams
+from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
 from headrace.core.validate import validate
 from headrace.engine.core import EngineCore
 from headrace.engine.hardware import probe_hardware
@@ -100,9 +100,6 @@ class OpenModel:
         """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
         began = time.monotonic()
         config = self.config
-        # Names and shapes are compared here, before a backend is imported.
-        tensors = stream(self.checkpoint, self._weight_map)
-        backend = create_backend(config.backend)
         options = BackendOptions(
             dtype=config.dtype,
             threads=config.threads,
@@ -112,16 +109,23 @@ class OpenModel:
             max_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
         )
-        try:
-            capacity = backend.load(self.spec, tensors, options, Mesh())
-        except BaseException:
-            backend.close()
-            raise
+        backend, capacity = self.load_backend(config.backend, options)
         identity = f"{self.checkpoint.fingerprint()}/{config.backend}/{config.dtype}"
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
         scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
         return EngineCore(backend, scheduler, self.limits), time.monotonic() - began
+
+    def load_backend(self, name: str, options: BackendOptions) -> tuple[Backend, Capacity]:
+        """A backend of its own with this model's weights. Raises ModelError or EngineError."""
+        # Names and shapes are compared here, before a backend is imported.
+        tensors = stream(self.checkpoint, self._weight_map)
+        backend = create_backend(name)
+        try:
+            return backend, backend.load(self.spec, tensors, options, Mesh())
+        except BaseException:
+            backend.close()
+            raise
 
 
 def create_backend(name: str) -> Backend:
