@@ -193,10 +193,11 @@ def test_bad_requests_are_refused_one_by_one(tmp_path: Path, demo_path: Path) ->
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for _, line in REQUESTS.values()))
     began = time.monotonic()
-    run = headrace("generate", "demo", "--prompt-file", str(path), "--json")
+    run = headrace("generate", "demo", "--prompt-file", str(path), "--json", "--stats")
     assert time.monotonic() - began < LIMIT_S
     assert run.returncode == 1 and "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
-    records = [json.loads(line) for line in run.stdout.splitlines()]
+    *records, last = [json.loads(line) for line in run.stdout.splitlines()]
+    assert last["stats"]["computed_tokens"] == last["stats"]["load_s"] == 0
     assert [record["index"] for record in records] == list(range(len(REQUESTS)))
     for record, (words, _) in zip(records, REQUESTS.values(), strict=True):
         assert words in record["error"]["message"], record

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = tuple(f"tests/unit/test_{name}.py" for name in ("sched_parts", "engine", "scheduler_properties"))
+TESTS = tuple(f"tests/unit/test_{name}.py" for name in ("sched_parts", "scheduler_properties", "engine"))
 ALLOWED_SURVIVORS = 2
-TIMEOUT_S = 180
+TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def test_requests_that_cannot_run(
 
 
 def test_requests_at_the_limit_run() -> None:
-    validate(Request("r", (99,) * 15, SamplingParams(max_tokens=10**6, min_tokens=1)), LIMITS)
+    request = Request("r", (99,) * 15, SamplingParams(max_tokens=10**6, min_tokens=1))
+    assert validate(request, LIMITS) is None  # type: ignore[func-returns-value]
 
 
 def test_defaults_have_reasons() -> None:

@@ -17,8 +17,8 @@ from headrace.core.types import SamplingParams
 
 if TYPE_CHECKING:
     from headrace.engine.answer import Completion
-    from headrace.engine.llm import LLM
     from headrace.engine.model import OpenModel, Prompt
+    from headrace.sched.scheduler import SchedulerStats
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 MAX_FILE_BYTES = 2**30
@@ -72,6 +72,7 @@ class Job:
     def run(self) -> int:
         from headrace.core.types import Request
         from headrace.engine.answer import refused
+        from headrace.sched.scheduler import SchedulerStats
 
         good: list[tuple[int, Request]] = []
         for index, line in enumerate(self._lines):
@@ -82,6 +83,8 @@ class Job:
                 self._show(refused(index, error))
         if good:
             self._answer(good)
+        elif self._stats:
+            self._show_stats(SchedulerStats(), load_s=0.0, wall_s=0.0)
         if not self._failures:
             return 0
         more = f" ({len(self._failures) - 1} more requests failed)" if len(self._failures) > 1 else ""
@@ -102,7 +105,7 @@ class Job:
                     advance(completion)
                     self._show(replace(completion, index=good[completion.index][0]))
             if self._stats:
-                self._show_stats(llm, time.monotonic() - began_s)
+                self._show_stats(llm.stats, llm.load_s, time.monotonic() - began_s)
 
     def _show(self, completion: Completion) -> None:
         """Prints what is complete, in input order."""
@@ -120,12 +123,11 @@ class Job:
                     print(f"── {ready.index} · {len(ready.token_ids)} tokens · {ready.finish_reason} ──")
                 print(ready.text, flush=True)
 
-    def _show_stats(self, llm: LLM, wall_s: float) -> None:
+    def _show_stats(self, totals: SchedulerStats, load_s: float, wall_s: float) -> None:
         from headrace.engine.hardware import peak_rss_bytes
 
-        totals = llm.stats
         stats = {
-            "load_s": llm.load_s,
+            "load_s": load_s,
             "wall_s": wall_s,
             "prompt_tokens": self._prompt_tokens,
             "output_tokens": self._output_tokens,
@@ -134,7 +136,7 @@ class Job:
             "cached_tokens": totals.cached_tokens,
             "preemptions": totals.preemptions,
             "peak_rss_bytes": peak_rss_bytes(),
-            "backend": llm.config.backend,
+            "backend": self._opened.config.backend,
         }
         if self._as_json:
             print(json.dumps({"stats": stats}), flush=True)
