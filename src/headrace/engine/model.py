@@ -23,7 +23,6 @@ from headrace.parallel.mesh import Mesh
 from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
-from headrace.text.chat import ChatTemplate
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
 from headrace.weights.checkpoint import locate, open_checkpoint
 from headrace.weights.loader import stream
@@ -65,13 +64,6 @@ class OpenModel:
         """Every id that ends an answer."""
         return self.tokenizer.eos_token_ids if self.has_text else declared_eos_ids(self.checkpoint)
 
-    @cached_property
-    def chat_template(self) -> ChatTemplate:
-        source = self.tokenizer.chat_template
-        if source is None:
-            raise RequestError("this model has no chat template: give a prompt, not messages")
-        return ChatTemplate(source, self.tokenizer.special_tokens)
-
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any kind. Raises RequestError."""
         if isinstance(prompt, str):
@@ -80,8 +72,7 @@ class OpenModel:
         if not isinstance(prompt, Sequence):
             raise InvalidParameter("prompt", prompt, allowed)
         if prompt and all(isinstance(part, Mapping) for part in prompt):
-            text = self.chat_template.render(cast("Sequence[Message]", prompt))
-            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            return tuple(self.tokenizer.chat(cast("Sequence[Message]", prompt)))
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidParameter("prompt", token_id, allowed)
