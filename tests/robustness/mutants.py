@@ -39,6 +39,13 @@ MUTANTS = (
         "(sequence)\n        if sequence.steps_in_flight == 0:\n            self._give_back(sequence)",
         "(sequence)\n        self._give_back(sequence)",
     ),
+    Mutant("a prompt to be scored takes a prefix hit", SCHEDULER, "        if sequence.unscored:\n            return []\n", ""),
+    Mutant(
+        "after a preemption the prompt's scores are told twice",
+        SCHEDULER,
+        "out.prompt_logprobs[len(sequence.prompt_logprobs) - span.start :]",
+        "out.prompt_logprobs",
+    ),
     Mutant("a finished row is never released", SCHEDULER, "        self._release.append(sequence.row)\n", ""),
     Mutant("blocks of a finished request are lost", SCHEDULER, "        self._pool.release(sequence.blocks)\n", ""),
     Mutant(
@@ -118,8 +125,8 @@ MUTANTS = (
     Mutant(
         "the salt is left out of the key",
         PREFIX,
-        "self._identity, salt.encode()",
-        'self._identity, b""',
+        "(self._identity, adapter.encode(), salt.encode())",
+        "(self._identity, adapter.encode())",
     ),
     Mutant(
         "a block's key forgets what came before it",

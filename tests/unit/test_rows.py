@@ -13,7 +13,7 @@ GREEDY = SamplingParams()
 
 
 def table() -> RequestTable:
-    return RequestTable(max_rows=4, max_model_len=20, block_size=4, num_blocks=10)
+    return RequestTable(max_rows=4, max_model_len=20, block_size=4, num_blocks=10, vocab_size=1000)
 
 
 def admit(row: int, *token_ids: int, num_prompt: int | None = None) -> Admit:
@@ -61,7 +61,8 @@ def test_sampled_tokens_are_known_afterwards() -> None:
     rows.append(0, (7, 8))
     batch = rows.batch([RowStep(0, 2, 2, sample=True)])
     assert batch.token_ids.tolist() == [7, 8]
-    assert rows.row(0).num_prompt == 1 and rows.row(0).stop_ids.tolist() == [2, 9]
+    sampling = rows.row(0).sampling
+    assert sampling.num_prompt == 1 and sampling.stop_ids.tolist() == [2, 9]
     rows.append(0, range(100))
     assert rows.row(0).num_tokens == 20, "what no plan can compute is dropped"
 

@@ -1,25 +1,36 @@
-"""Sampling against published vectors, a slow implementation, and statistics."""
+"""Sampling by name: published vectors, ties, faults, and what must not matter. `test_sampling_spec.py` holds it against
+a slow implementation."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from headrace.backends.sampling import Position, Sampled, gumbel, philox4x32, sample
+from headrace.backends.philox import gumbel, philox4x32
+from headrace.backends.sampling import Position, RowSampling, Sampled, sample, score
+from headrace.core.errors import EngineError, NonFiniteLogits
 from headrace.core.types import RowError, SamplingParams
-
-NO_STOP = np.empty(0, np.int64)
 
 
 def position(
-    output_position: int = 0, stop_ids: object = NO_STOP, mask: bytes | None = None, **params: object
+    output: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
+    mask: bytes | None = None,
+    vocab: int = 1000,
+    prompt: Sequence[int] = (0,),
+    **params: object,
 ) -> Position:
-    return Position(SamplingParams(**params), output_position, np.asarray(stop_ids, np.int64), mask)  # type: ignore[arg-type]
+    """The place after `prompt` and `output`."""
+    row = RowSampling(SamplingParams(**params), len(prompt), stop_ids, vocab)  # type: ignore[arg-type]
+    return Position(row, np.array([*prompt, *output], np.int64), mask)
+
+
+def at_place(place: int, **params: object) -> Position:
+    """The place after `place` tokens of an answer."""
+    return position([0] * place, **params)  # type: ignore[arg-type]
 
 
 def tokens(logits: object, *positions: Position) -> list[int]:
@@ -45,91 +56,6 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], wo
     assert tuple(int(word) for word in philox4x32(counter, key)) == words
 
 
-# ---------------------------------------------------------------- the slow implementation
-
-
-def slow_philox(counter: list[int], key: list[int]) -> list[int]:
-    for _ in range(10):
-        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        high, low = divmod(first, 1 << 32), divmod(second, 1 << 32)
-        counter = [low[0] ^ counter[1] ^ key[0], low[1], high[0] ^ counter[3] ^ key[1], high[1]]
-        key = [(key[0] + 0x9E3779B9) % (1 << 32), (key[1] + 0xBB67AE85) % (1 << 32)]
-    return counter
-
-
-def slow_gumbel(seed: int, place: int, token: int) -> float:
-    seed %= 1 << 64
-    words = slow_philox([token // 4, place % (1 << 32), place >> 32, 0], [seed % (1 << 32), seed >> 32])
-    return -math.log(-math.log((words[token % 4] + 0.5) / 2**32))
-
-
-def slow_token(logits: np.ndarray, at: Position) -> int | None:
-    """docs/CONTRACTS.md §2, word by word. None: nothing is allowed."""
-    values = [float(value) for value in logits]
-    params = at.sampling
-    allowed = set(range(len(values)))
-    if at.output_position < params.min_tokens:
-        allowed -= {int(token) for token in at.stop_ids}
-    if at.mask is not None:
-        allowed = {token for token in allowed if at.mask[token // 8] >> (token % 8) & 1}
-    order = sorted((t for t in allowed if values[t] > -math.inf), key=lambda t: (-values[t], t))
-    if not order:
-        return None
-    if params.temperature < 1e-5:
-        return order[0]
-    if params.top_k > 0:
-        order = order[: params.top_k]
-    weights = [math.exp((values[t] - values[order[0]]) / params.temperature) for t in order]
-    total, running, kept = math.fsum(weights), 0.0, []
-    for token, weight in zip(order, weights, strict=True):
-        if params.top_p < 1 and kept and running >= params.top_p * total:
-            break
-        kept.append(token)
-        running += weight
-    scores = {t: values[t] / params.temperature + slow_gumbel(params.seed or 0, at.output_position, t) for t in kept}
-    return min(kept, key=lambda t: (-scores[t], t))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[np.ndarray, Position]:
-    size = draw(st.integers(1, 40) | st.integers(300, 700))
-    # Few distinct values: ties at every cut.
-    spread = draw(st.sampled_from([0.0, 0.5, 3.0, 40.0]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    logits = np.round(rng.standard_normal(size) * spread, draw(st.integers(0, 4))).astype(np.float32)
-    logits[rng.random(size) < draw(st.sampled_from([0.0, 0.3]))] = -np.inf
-    mask = draw(st.none() | st.binary(min_size=-(-size // 8), max_size=-(-size // 8)))
-    params = SamplingParams(
-        temperature=draw(st.sampled_from([0.0, 5e-6, 0.01, 0.7, 1.0, 2.0])),
-        top_k=draw(st.sampled_from([-1, 0, 1, 2, 7, 100, 10_000])),
-        # Away from sums of ties, where the last bit of a float would decide.
-        top_p=draw(st.sampled_from([1.0, 0.987654, 0.7123456, 0.3141592, 1e-9])),
-        seed=draw(st.integers(-(2**63), 2**63 - 1)),
-        min_tokens=draw(st.sampled_from([0, 5])),
-    )
-    place = draw(st.sampled_from([0, 3, 5, 2**32 + 7]))
-    return logits, Position(params, place, np.array(sorted({0, size // 2, size + 3}), np.int64), mask)
-
-
-@given(st.lists(cases(), min_size=1, max_size=3))
-def test_equal_to_the_slow_implementation(batch: list[tuple[np.ndarray, Position]]) -> None:
-    size = len(batch[0][0])
-    batch = [case for case in batch if len(case[0]) == size]
-    out = sample(np.stack([logits for logits, _ in batch]), [at for _, at in batch])
-    for one, (logits, at) in zip(out, batch, strict=True):
-        assert (one.token if isinstance(one, Sampled) else None) == slow_token(logits, at)
-        assert isinstance(one, Sampled) or one.code == "nan_logits"
-
-
-def test_a_large_vocabulary_and_every_cut() -> None:
-    rng = np.random.default_rng(5)
-    logits = (rng.standard_normal((6, 30_000)) * 2).astype(np.float32)
-    params = [(1.0, 0, 1.0), (1.0, 0, 0.9), (2.0, 0, 0.99), (0.7, 50, 0.9), (1.0, 1000, 1.0), (0.2, 0, 0.5)]
-    positions = [position(i, temperature=t, top_k=k, top_p=p, seed=i) for i, (t, k, p) in enumerate(params)]
-    expected = [slow_token(row, at) for row, at in zip(logits, positions, strict=True)]
-    assert tokens(logits, *positions) == expected
-
-
 # ---------------------------------------------------------------- properties by name
 
 
@@ -140,11 +66,11 @@ def test_greedy_takes_the_lowest_id_on_a_tie() -> None:
 
 
 def test_top_k_and_top_p_keep_the_lowest_ids_of_a_tie() -> None:
-    drawn = {tokens([[1, 1, 1, 1]], position(i, temperature=1.0, seed=3, top_k=2))[0] for i in range(60)}
+    drawn = {tokens([[1, 1, 1, 1]], at_place(i, temperature=1.0, seed=3, top_k=2))[0] for i in range(60)}
     assert drawn == {0, 1}
-    drawn = {tokens([[1, 1, 1, 1]], position(i, temperature=1.0, seed=3, top_p=0.6))[0] for i in range(90)}
+    drawn = {tokens([[1, 1, 1, 1]], at_place(i, temperature=1.0, seed=3, top_p=0.6))[0] for i in range(90)}
     assert drawn == {0, 1, 2}
-    drawn = {tokens([[0, 3, 0, 0]], position(i, temperature=2.0, seed=3, top_p=1e-9))[0] for i in range(30)}
+    drawn = {tokens([[0, 3, 0, 0]], at_place(i, temperature=2.0, seed=3, top_p=1e-9))[0] for i in range(30)}
     assert drawn == {1}, "top_p keeps at least one"
 
 
@@ -160,13 +86,13 @@ def test_rows_that_are_not_finite_fail_alone(bad: float, params: dict[str, float
 
 
 def test_a_nan_under_a_mask_is_still_an_error() -> None:
-    out = sample(np.array([[1, math.nan]], np.float32), [position(mask=b"\x01")])
+    out = sample(np.array([[1, math.nan]], np.float32), [position(mask=b"\x01", vocab=2)])
     assert isinstance(out[0], RowError) and out[0].code == "nan_logits"
 
 
 def test_nothing_allowed_is_an_error() -> None:
     (out,) = sample(np.zeros((1, 3), np.float32), [position(mask=b"\xf8")])
-    assert isinstance(out, RowError) and out.code == "nan_logits" and "no token is allowed" in out.message
+    assert isinstance(out, RowError) and out.code == "no_token_allowed" and "no token is allowed" in out.message
 
 
 @pytest.mark.parametrize(
@@ -179,22 +105,56 @@ def test_faults_of_the_engine_are_the_rows(at: Position, words: str) -> None:
 
 
 def test_min_tokens_masks_stop_ids_only_while_early() -> None:
-    at = position(1, [2], min_tokens=2)
-    assert tokens([[0, 1, 9]], at) == [1]
-    assert tokens([[0, 1, 9]], replace(at, output_position=2)) == [2]
+    assert tokens([[0, 1, 9]], position([0], [2], min_tokens=2)) == [1]
+    assert tokens([[0, 1, 9]], position([0, 0], [2], min_tokens=2)) == [2]
+
+
+def test_bad_words_look_at_the_answer_alone() -> None:
+    bad = {"bad_words_ids": [[1, 2], [3]], "vocab": 4}
+    assert tokens([[0, 1, 9, 10]], position([], prompt=[1], **bad)) == [2], "the prompt's end begins no bad word"
+    assert tokens([[0, 1, 9, 10]], position([0, 1], **bad)) == [1]
+    assert tokens([[0, 1, 9, 10]], position([1, 0], **bad)) == [2]
+
+
+def test_penalties_know_prompt_from_answer() -> None:
+    logits = [[1.0, 2.0, 2.5, -1.0]]
+    at = {"prompt": [2, 2], "vocab": 4}
+    assert tokens(logits, position([1], presence_penalty=2.0, **at)) == [2]
+    assert tokens(logits, position([2], presence_penalty=2.0, **at)) == [1]
+    assert tokens(logits, position([2], frequency_penalty=0.4, **at)) == [2]
+    assert tokens(logits, position([2, 2], frequency_penalty=0.4, **at)) == [1]
+    assert tokens(logits, position([], repetition_penalty=2.0, **at)) == [1], "the prompt counts"
+    assert tokens(logits, position([0, 1], repetition_penalty=1e-300, **at)) == [2], "held within float32"
+    negative = [[-1.0, -2.0, -3.0, -1.5]]
+    assert tokens(negative, position([0], repetition_penalty=2.0, prompt=[1], vocab=4)) == [3]
+
+
+def test_a_bias_does_not_lift_what_is_masked() -> None:
+    params = {"logit_bias": {2: 100}, "allowed_token_ids": [0, 1], "vocab": 3}
+    assert tokens([[0, 1, 9]], position(**params)) == [1]
+    assert tokens([[0, 1, 9]], position(logit_bias={0: 8.5, 2: -1}, vocab=3)) == [0]
+
+
+def test_the_ids_of_a_row_are_inside_the_vocabulary() -> None:
+    for params in ({"allowed_token_ids": [5]}, {"logit_bias": {5: 1.0}}, {"bad_words_ids": [[1, 5]]}):
+        with pytest.raises(EngineError, match="token id 5"):
+            position(vocab=5, **params)
+    assert tokens([[0, 1, 2]], position([], [7], vocab=3, min_tokens=1)) == [2], "the model may have no such stop id"
 
 
 def test_logits_are_left_as_they_were() -> None:
     logits = np.random.default_rng(1).standard_normal((2, 20)).astype(np.float32)
     before = logits.copy()
-    sample(logits, [position(0, [1], b"\x0f\xff\x03", min_tokens=3, logprobs=3), position(temperature=1.0, seed=1)])
+    changes = {"logit_bias": {3: 2.0}, "repetition_penalty": 1.3, "allowed_token_ids": [0, 1, 2], "vocab": 20}
+    early = position([], [1], b"\x0f\xff\x03", min_tokens=3, logprobs=3)
+    sample(logits, [early, position(temperature=1.0, seed=1, **changes)])
     assert np.array_equal(logits, before)
 
 
 def test_the_draw_does_not_depend_on_its_batch() -> None:
     rng = np.random.default_rng(2)
     logits = rng.standard_normal((20, 300)).astype(np.float32)
-    positions = [position(i, temperature=1.0, seed=9, top_p=0.8 if i % 2 else 1.0) for i in range(20)]
+    positions = [at_place(i, temperature=1.0, seed=9, top_p=0.8 if i % 2 else 1.0) for i in range(20)]
     together = tokens(logits, *positions)
     alone = [tokens(logits[i : i + 1], positions[i])[0] for i in range(20)]
     assert together == alone
@@ -204,7 +164,7 @@ def test_the_draw_does_not_depend_on_its_batch() -> None:
 def test_seeds_and_positions_matter() -> None:
     flat = np.zeros((1, 1000), np.float32)
     drawn = {
-        tokens(flat, position(place, temperature=1.0, seed=seed))[0] for seed in (0, 1, -1, 2**40) for place in range(5)
+        tokens(flat, at_place(place, temperature=1.0, seed=seed))[0] for seed in (0, 1, -1, 2**40) for place in range(5)
     }
     assert len(drawn) > 15
 
@@ -232,7 +192,7 @@ def test_chi_square(params: dict[str, float], kept: int | None) -> None:
     shares = shares[:count] / shares[:count].sum()
     draws = 20_000
     rows = np.broadcast_to(logits.astype(np.float32), (draws, 8))
-    found = np.bincount(tokens(rows, *(position(i, seed=42, **full) for i in range(draws))), minlength=8)
+    found = np.bincount(tokens(rows, *(position(seed=i, **full) for i in range(draws))), minlength=8)
     assert found.sum() == found[order[:count]].sum(), "nothing outside the cut"
     statistic = float(((found[order[:count]] - draws * shares) ** 2 / (draws * shares)).sum())
     freedom = count - 1
@@ -244,7 +204,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     logits = np.random.default_rng(3).standard_normal((1, 50)).astype(np.float32) * 5
     logits[0, [7, 3]] = logits.max() + 1
     exact = logits[0].astype(np.float64) - np.log(np.exp(logits[0].astype(np.float64)).sum())
-    (out,) = sample(logits, [position(0, [3], min_tokens=1, logprobs=4)])
+    (out,) = sample(logits, [position([], [3], min_tokens=1, logprobs=4)])
     assert isinstance(out, Sampled) and out.token == 7 and out.logprobs is not None
     assert out.logprobs.logprob == pytest.approx(exact[7], abs=1e-12)
     best = sorted(range(50), key=lambda i: (-exact[i], i))[:4]
@@ -255,6 +215,17 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     huge = np.array([[3e38, -3e38, 0]], np.float32)
     (far,) = sample(huge, [position(logprobs=3)])
     assert isinstance(far, Sampled) and far.logprobs is not None and far.logprobs.logprob == 0.0
+
+
+def test_scores_are_logprobs_of_given_tokens() -> None:
+    logits = np.random.default_rng(4).standard_normal((3, 40)).astype(np.float32)
+    ids = [int(row.argmax()) for row in logits]
+    sampled = [one.logprobs for one in sample(logits, [position(logprobs=2)] * 3) if isinstance(one, Sampled)]
+    assert score(logits, ids, 2) == sampled
+    for bad in (math.nan, math.inf):
+        logits[1, 3] = bad
+        with pytest.raises(NonFiniteLogits):
+            score(logits, ids, 2)
 
 
 def test_no_rows() -> None:

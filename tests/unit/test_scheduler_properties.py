@@ -19,7 +19,7 @@ from headrace.core.types import Capacity, ErrorEvent, FinishEvent, FinishReason,
 from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
-from headrace.testing.fake import FakeBackend, answer
+from headrace.testing.fake import FakeBackend, answer, prompt_score
 
 BLOCKS, BLOCK_SIZE, ROWS, BUDGET = 8, 4, 4, 9
 CONTEXT = BLOCKS * BLOCK_SIZE
@@ -101,11 +101,20 @@ class World:
         for event in self.scheduler.take_events():
             asked = self.asked[event.request_id]
             if isinstance(event, TokenEvent):
+                self.check_scores(asked, event)
                 asked.tokens.extend(event.token_ids)
                 continue
             del self.asked[event.request_id]
             self.check_end(asked, event)
         self.check()
+
+    def check_scores(self, asked: Asked, event: TokenEvent) -> None:
+        """With the first tokens, and only then, comes the score of every prompt token but the first."""
+        prompt = asked.request.token_ids
+        wanted = asked.request.sampling.prompt_logprobs is not None and not asked.tokens
+        expected = [prompt_score(prompt[:count]) for count in range(1, len(prompt))] if wanted else []
+        assert list(event.prompt_logprobs) == expected
+        self.seen["scored prompts"] += len(expected) > BUDGET
 
     def check_end(self, asked: Asked, event: FinishEvent | ErrorEvent) -> None:
         sampling, prompt = asked.request.sampling, asked.request.token_ids
@@ -167,6 +176,7 @@ def random_sampling(draw: random.Random) -> SamplingParams:
         min_tokens=draw.choice([0, 0, 0, min(4, max_tokens or 4)]),
         ignore_eos=draw.random() < 0.3,
         stop_token_ids=draw.choice([(), (), (5,), (5, 7)]),
+        prompt_logprobs=draw.choice([None, None, None, 0]),
     )
 
 
@@ -209,9 +219,24 @@ def test_random_walks(depth: int, policy: str) -> None:
         total["preemptions"] += world.scheduler.stats.preemptions
         total["cached tokens"] += world.scheduler.stats.cached_tokens
     reached = ["errors", "stop", "length", "abort", "full budget", "prefix hits", "cached tokens", "release and admit"]
+    reached.append("scored prompts")
     if policy == "fused":
         reached += ["preemptions", "mixed plans"]
     assert all(total[what] >= steps // 2000 for what in reached), total
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_prompt_preempted_half_scored_is_scored_once(depth: int) -> None:
+    """The walks hardly reach this: a prompt is let in only where it fits."""
+    world = World(depth, "fused")
+    world.add([i % 11 for i in range(25)], SamplingParams(max_tokens=3, prompt_logprobs=0))
+    world.step()
+    world.step()
+    (sequence,) = world.scheduler._running
+    assert 0 < sequence.num_planned < 24
+    world.scheduler._preempt(sequence)
+    world.drain()
+    assert world.seen["scored prompts"] == 1
 
 
 class SchedulerMachine(RuleBasedStateMachine):

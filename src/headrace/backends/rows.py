@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.backends.sampling import RowSampling
 from headrace.core.errors import EngineError
-from headrace.core.types import Admit, RowStep, SamplingParams, StepPlan
+from headrace.core.types import Admit, RowStep, StepPlan
 
 IntArray = NDArray[np.int64]
 
@@ -52,9 +53,8 @@ class Batch:
 class Row:
     """What is known of a live request beside its tokens and blocks."""
 
-    sampling: SamplingParams
-    num_prompt: int
-    stop_ids: IntArray
+    sampling: RowSampling
+    adapter: str
     num_tokens: int
     num_blocks: int = 0
 
@@ -62,7 +62,8 @@ class Row:
 class RequestTable:
     """Rows 0 … max_rows - 1: token ids and block tables of the live requests."""
 
-    def __init__(self, max_rows: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
+    def __init__(self, max_rows: int, max_model_len: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._tokens = np.zeros((max_rows, max_model_len), np.int64)
@@ -84,6 +85,10 @@ class RequestTable:
         if found is None:
             raise EngineError(f"the plan names row {index}, where no request is")
         return found
+
+    def token_ids(self, index: int, stop: int) -> IntArray:
+        """The first `stop` tokens of a row: a view, which later steps do not change."""
+        return self._tokens[index, :stop]
 
     def fresh_blocks(self, plan: StepPlan) -> IntArray:
         """New blocks that do not lie wholly before their row's `start`: whatever a former owner left is in them."""
@@ -154,8 +159,8 @@ class RequestTable:
         if not 0 < count <= self._tokens.shape[1] or not 0 < admit.num_prompt <= count:
             raise EngineError(f"row {admit.row} is admitted with {admit.num_prompt} prompt tokens of {count}")
         self._tokens[admit.row, :count] = admit.token_ids
-        stop_ids = np.array(sorted(admit.stop_ids), np.int64)
-        self._rows[admit.row] = Row(admit.sampling, admit.num_prompt, stop_ids, count)
+        sampling = RowSampling(admit.sampling, admit.num_prompt, admit.stop_ids, self.vocab_size)
+        self._rows[admit.row] = Row(sampling, admit.adapter, count)
 
     def _append_blocks(self, step: RowStep) -> None:
         row = self.row(step.row)
@@ -181,6 +186,6 @@ class RequestTable:
 
 
 def _logit_count(step: RowStep) -> int:
-    if step.logits:
+    if step.logits or step.score_prompt:
         return step.length + len(step.drafts)
     return 1 + len(step.drafts) if step.sample else 0

@@ -12,7 +12,8 @@ from headrace.core.docs import field_docs
 from headrace.core.types import SamplingParams
 
 TYPES: Mapping[str, type] = {"int": int, "int | None": int, "float": float, "str": str}
-SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
+NOT_FLAGS = frozenset({"stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_ids", "skip_special_tokens"})
+"""Fields of SamplingParams that are given in a file of prompts, not on the command line."""
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
@@ -25,12 +26,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...]
             _add(group, item, docs)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] = SAMPLING) -> None:
-    """A flag for each of these fields of SamplingParams."""
+def add_sampling_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for each field of SamplingParams that can be a flag."""
     docs = field_docs(SamplingParams)
     group = parser.add_argument_group("sampling")
     for item in fields(SamplingParams):
-        if item.name in names:
+        if item.name not in NOT_FLAGS and item.name not in leave_out:
             _add(group, item, docs)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.cli.console import load_line_shown, printable
 from headrace.cli.flags import add_engine_flags, add_sampling_flags, given
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InputFileError, InvalidParameter, RequestError, shorten
-from headrace.core.types import SamplingParams
+from headrace.core.types import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from headrace.engine.answer import Completion
@@ -64,23 +69,32 @@ class Job:
         self._base = base
         self._as_json = as_json
         self._stats = stats
-        self._waiting: dict[int, Completion] = {}
-        self._printed = 0
+        self._waiting: dict[tuple[int, int], Completion] = {}
+        self._due: deque[tuple[int, int]] = deque()
+        """(line, choice) of what is still to be printed, in order."""
+        self._answers: list[int] = []
+        """How many answers each line gets."""
         self._failures: list[str] = []
         self._prompt_tokens = self._output_tokens = 0
 
     def run(self) -> int:
-        from headrace.core.types import Request
         from headrace.engine.answer import refused
         from headrace.sched.scheduler import SchedulerStats
 
-        good: list[tuple[int, Request]] = []
+        good: list[tuple[int, tuple[int, ...], SamplingParams]] = []
+        bad: list[Completion] = []
         for index, line in enumerate(self._lines):
             try:
                 prompt, sampling = parse_line(line, self._base)
-                good.append((index, self._opened.request(str(index), prompt, sampling)))
+                token_ids = self._opened.requests(str(index), prompt, sampling)[0].token_ids
+                good.append((index, token_ids, sampling))
+                self._answers.append(sampling.n)
             except RequestError as error:
-                self._show(refused(index, error))
+                self._answers.append(1)
+                bad.append(refused(index, error))
+        self._due.extend((index, choice) for index, count in enumerate(self._answers) for choice in range(count))
+        for completion in bad:
+            self._show(completion)
         if good:
             self._answer(good)
         elif self._stats:
@@ -91,17 +105,19 @@ class Job:
         print(f"headrace: error: {self._failures[0]}{more}", file=sys.stderr)
         return 1
 
-    def _answer(self, good: list[tuple[int, Any]]) -> None:
+    def _answer(self, good: list[tuple[int, tuple[int, ...], SamplingParams]]) -> None:
         from dataclasses import replace
 
         from headrace.engine.llm import LLM
-        from headrace.engine.progress import progress_bar
+        from headrace.engine.progress import loading, progress_bar
 
-        with LLM.load(self._opened) as llm:
+        with loading(load_line_shown(os.environ)) as on_progress:
+            llm = LLM.load(self._opened, on_progress)
+        with llm:
             began_s = time.monotonic()
             shown = sys.stderr.isatty() and not (sys.stdout.isatty() and len(good) == 1)
-            with progress_bar(len(good), shown) as advance:
-                for completion in llm.iterate([(request.token_ids, request.sampling) for _, request in good]):
+            with progress_bar(sum(sampling.n for *_, sampling in good), shown) as advance:
+                for completion in llm.iterate([(token_ids, sampling) for _, token_ids, sampling in good]):
                     advance(completion)
                     self._show(replace(completion, index=good[completion.index][0]))
             if self._stats:
@@ -109,19 +125,21 @@ class Job:
 
     def _show(self, completion: Completion) -> None:
         """Prints what is complete, in input order."""
-        self._waiting[completion.index] = completion
-        while (ready := self._waiting.pop(self._printed, None)) is not None:
-            self._printed += 1
-            self._prompt_tokens += len(ready.prompt_token_ids)
+        self._waiting[completion.index, completion.choice] = completion
+        while self._due and (ready := self._waiting.pop(self._due[0], None)) is not None:
+            self._due.popleft()
+            self._prompt_tokens += len(ready.prompt_token_ids) if ready.choice == 0 else 0
             self._output_tokens += len(ready.token_ids)
             if ready.error is not None:
                 self._failures.append(f"request {ready.index}: {ready.error.message}")
             if self._as_json:
                 print(json.dumps(to_json(ready), allow_nan=False), flush=True)
             elif ready.error is None:
-                if len(self._lines) > 1:
-                    print(f"── {ready.index} · {len(ready.token_ids)} tokens · {ready.finish_reason} ──")
-                print(ready.text, flush=True)
+                if sum(self._answers) > 1:
+                    name = f"{ready.index}.{ready.choice}" if self._answers[ready.index] > 1 else ready.index
+                    print(f"── {name} · {len(ready.token_ids)} tokens · {ready.finish_reason} ──")
+                # What a model says is not to be obeyed by a terminal.
+                print(printable(ready.text) if sys.stdout.isatty() else ready.text, flush=True)
 
     def _show_stats(self, totals: SchedulerStats, load_s: float, wall_s: float) -> None:
         from headrace.engine.hardware import peak_rss_bytes
@@ -148,6 +166,7 @@ def to_json(completion: Completion) -> dict[str, Any]:
     error = completion.error
     record: dict[str, Any] = {
         "index": completion.index,
+        "choice": completion.choice,
         "prompt_token_ids": completion.prompt_token_ids,
         "token_ids": completion.token_ids,
         "text": completion.text,
@@ -159,8 +178,19 @@ def to_json(completion: Completion) -> dict[str, Any]:
     if completion.seed is not None:
         record["seed"] = completion.seed
     if completion.logprobs is not None:
-        record["logprobs"] = [{"logprob": each.logprob, "top": each.top} for each in completion.logprobs]
+        record["logprobs"] = [_logprobs(each) for each in completion.logprobs]
+    if completion.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [each and _logprobs(each) for each in completion.prompt_logprobs]
     return record
+
+
+def _logprobs(one: TokenLogprobs) -> dict[str, Any]:
+    """JSON has no infinity: a token that cannot be has the log-probability null."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {"logprob": finite(one.logprob), "top": [(token_id, finite(value)) for token_id, value in one.top]}
 
 
 def read_prompt_file(path: Path) -> list[dict[str, Any]]:
@@ -210,4 +240,8 @@ def parse_line(line: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Prompt
         raise InvalidParameter("prompt_token_ids", prompt, "a list of integers")
     if keys[0] == "messages" and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         raise InvalidParameter("messages", prompt, "a list of objects, not empty")
-    return prompt, SamplingParams(**{**base, **{name: line[name] for name in line if name in known}})
+    chosen = {name: line[name] for name in line if name in known}
+    if isinstance(bias := chosen.get("logit_bias"), dict):
+        # The keys of a JSON object are strings; no token id has ten digits.
+        chosen["logit_bias"] = {int(key) if re.fullmatch("[0-9]{1,9}", key) else key: bias[key] for key in bias}
+    return prompt, SamplingParams(**{**base, **chosen})

@@ -5,6 +5,7 @@ HeadraceError                     500 internal_error
 │   ├── InvalidParameter          400 invalid_parameter
 │   ├── ContextLengthExceeded     400 context_length_exceeded
 │   ├── EmptyPrompt               400 empty_prompt
+│   ├── NoTokenAllowed            400 no_token_allowed
 │   ├── TemplateError             400 template_error
 │   └── InputFileError            400 bad_input_file
 ├── ModelError                    422 bad_model              the checkpoint is at fault
@@ -61,6 +62,12 @@ class ContextLengthExceeded(RequestError):
 
 class EmptyPrompt(RequestError):
     code = "empty_prompt"
+
+
+class NoTokenAllowed(RequestError):
+    """The request's masks leave no token to choose."""
+
+    code = "no_token_allowed"
 
 
 class TemplateError(RequestError):

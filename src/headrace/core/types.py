@@ -6,7 +6,7 @@ A field is honoured or refused, never ignored: a field appears here when every b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -16,6 +16,9 @@ from headrace.core.errors import InvalidParameter
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at a position (the bound of the OpenAI and vLLM routes)."""
 
+MAX_N = 128
+"""Most answers to one prompt (the bound of the OpenAI routes)."""
+
 
 def _require_int(name: str, value: object, low: int, high: int | None, note: str = "") -> None:
     bounds = f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}"
@@ -24,17 +27,63 @@ def _require_int(name: str, value: object, low: int, high: int | None, note: str
         raise InvalidParameter(name, value, bounds + note)
 
 
-def _require_float(name: str, value: object, allowed: str, low: float, high: float, low_open: bool) -> None:
-    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong_type or not math.isfinite(value):  # type: ignore[arg-type]
+def _require_float(
+    name: str, value: object, allowed: str, low: float, high: float = math.inf, low_open: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidParameter(name, value, allowed)
-    if value < low or value > high or (low_open and value == low):  # type: ignore[operator]
+    try:
+        number = float(value)
+    except OverflowError as error:  # an integer of more than 308 digits
+        raise InvalidParameter(name, value, allowed) from error
+    if not math.isfinite(number) or number < low or number > high or (low_open and number == low):
         raise InvalidParameter(name, value, allowed)
 
 
 def _require_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InvalidParameter(name, value, "true or false")
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """A text or a list of texts -> a tuple; none of them empty."""
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or any(not isinstance(text, str) or not text for text in texts):
+        raise InvalidParameter(name, value, "a string or a list of strings, none of them empty")
+    return tuple(texts)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidParameter(name, value, "a list of token ids")
+    for token_id in value:
+        _require_int(name, token_id, 0, None)
+    return tuple(value)
+
+
+def _token_sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidParameter(name, value, "a list of lists of token ids")
+    sequences = tuple(_token_ids(name, one) for one in value)
+    if not all(sequences):
+        raise InvalidParameter(name, value, "lists of token ids, none of them empty")
+    return sequences
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    """A mapping, or pairs, of token id and bias -> pairs in the order of the ids."""
+    allowed = "{token id: number from -100 to 100}"
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+        raise InvalidParameter("logit_bias", value, allowed)
+    found: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InvalidParameter("logit_bias", value, allowed)
+        _require_int("logit_bias", pair[0], 0, None, " as a token id")
+        _require_float(f"logit_bias of token {pair[0]}", pair[1], "a number from -100 to 100", -100, 100)
+        found[pair[0]] = float(pair[1])
+    return tuple(sorted(found.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +103,43 @@ class SamplingParams:
     """Keep the k likeliest tokens; 0 and -1: all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least this; in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest one; 0 to 1, 0: all."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is closest to the expected one, up to this probability in sum; in (0, 1], 1: all
+    (arXiv 2202.00666)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of ids in prompt or answer; above 0 (arXiv
+    1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken once off the logit of each id that the answer holds; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off an id's logit each time that the answer holds it; -2 to 2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids, -100 to 100 each; a mapping may be given."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No other id is ever chosen; None: all may be."""
+    bad_words: tuple[str, ...] = ()
+    """Texts never to be generated, as the tokens they are encoded to, with and without a space before them (encoded by
+    the client; the engine knows no text)."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences never to be generated: the last id of one is masked where the answer ends in the ids before."""
     seed: int | None = None
     """Any 64-bit integer; None: one is drawn, and returned with the answer."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer (found by the client, cut from the text; the engine knows no text)."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, beside the model's own end-of-sequence ids."""
+    include_stop_str_in_output: bool = False
+    """Leave the stop text that ended the answer at its end."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence ids (`stop_token_ids` still end the answer)."""
     logprobs: int | None = None
-    """Return the log-probability of each token and of this many likeliest; of the raw logits."""
+    """Return the log-probability of each token and of this many likeliest; of the raw logits. 0 to 20."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first. Such a prompt is computed whole, whatever the cache holds."""
+    n: int = 1
+    """Answers to the prompt, 1 to 128; the i-th draws with a seed made of `seed` and i (`engine.model.children`)."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -71,25 +147,35 @@ class SamplingParams:
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, None)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)" if self.max_tokens else "")
-        _require_float("temperature", self.temperature, "a number from 0 to 2", 0, 2, low_open=False)
-        _require_float("top_p", self.top_p, "a number above 0, up to 1", 0, 1, low_open=True)
+        _require_float("temperature", self.temperature, "a number from 0 to 2", 0, 2)
+        for name in ("top_p", "typical_p"):
+            _require_float(name, getattr(self, name), "a number above 0, up to 1", 0, 1, low_open=True)
+        _require_float("min_p", self.min_p, "a number from 0 to 1", 0, 1)
+        _require_float("repetition_penalty", self.repetition_penalty, "a finite number above 0", 0, low_open=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require_float(name, getattr(self, name), "a number from -2 to 2", -2, 2)
         _require_int("top_k", self.top_k, -1, None)
+        _require_int("n", self.n, 1, MAX_N)
         if self.seed is not None:
             _require_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _require_bool("ignore_eos", self.ignore_eos)
-        _require_bool("skip_special_tokens", self.skip_special_tokens)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.stop, Sequence) or any(not isinstance(s, str) or not s for s in self.stop):
-            raise InvalidParameter("stop", self.stop, "a string or a list of strings, none of them empty")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, str):
-            raise InvalidParameter("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        for token_id in self.stop_token_ids:
-            _require_int("stop_token_ids", token_id, 0, None)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _require_bool(name, getattr(self, name))
+        canonical: dict[str, object] = {
+            "stop": _texts("stop", self.stop),
+            "bad_words": _texts("bad_words", self.bad_words),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "bad_words_ids": _token_sequences("bad_words_ids", self.bad_words_ids),
+            "logit_bias": _biases(self.logit_bias),
+        }
+        if self.allowed_token_ids is not None:
+            canonical["allowed_token_ids"] = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not canonical["allowed_token_ids"]:
+                raise InvalidParameter("allowed_token_ids", self.allowed_token_ids, "at least one token id")
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +196,8 @@ class Request:
     token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     images: tuple[ImageSpan, ...] = ()
+    adapter: str = ""
+    """Name of the LoRA adapter that answers; empty: the model itself."""
     salt: str = ""
     """Requests share prefix blocks only with requests of the same salt."""
     priority: int = 0
@@ -127,6 +215,8 @@ class EngineLimits:
     vocab_size: int
     max_model_len: int
     """Most tokens of prompt and answer together."""
+    adapters: frozenset[str] = frozenset()
+    """Names of the LoRA adapters that are loaded."""
 
 
 # ---------------------------------------------------------------- control plane → backend
@@ -145,6 +235,8 @@ class Admit:
     stop_ids: frozenset[int] = frozenset()
     """Every id that ends this request: masked while fewer than `min_tokens` are out."""
     images: tuple[ImageSpan, ...] = ()
+    adapter: str = ""
+    """Name of the LoRA adapter that computes the row; empty: the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +258,8 @@ class RowStep:
     bit a token id. None: every token is allowed."""
     logits: bool = False
     """Return the raw logits of every computed position (for verdicts and tests)."""
+    score_prompt: bool = False
+    """Return the log-probability of every prompt token that follows a computed one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +306,8 @@ class RowOut:
     error: RowError | None = None
     logits: Any = None
     """float32 array (computed tokens, vocabulary), if asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """If asked for: of prompt tokens start + 1 … start + length, as far as the prompt goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +344,8 @@ class TokenEvent:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     time_s: float
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first tokens, if asked for: of each prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,20 @@ class Completion:
 
     index: int
     """Which prompt of the call this answers."""
+    choice: int
+    """Which of the `n` answers to it this is."""
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     """Generated tokens, with the token that ended them, if one did."""
     text: str
-    """Without the stop string that ended it."""
+    """Without the stop string that ended it, unless that was asked for."""
     finish_reason: str | None
     seed: int | None = None
-    """What the draw depended on; None for a greedy answer."""
+    """What the draw depended on: asked for with n = 1, it gives this answer again. None for a greedy one."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One a token, where asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One a token of the prompt, where asked for; None for the first, which nothing precedes."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was reused."""
     ttft_s: float | None = None
@@ -49,17 +53,22 @@ class Completion:
 class Answer:
     """Collects one request's events."""
 
-    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None, arrival_s: float) -> None:
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer | None, arrival_s: float, choice: int = 0
+    ) -> None:
         """Without a tokenizer the text stays empty."""
         sampling = request.sampling
         self.index = index
+        self.choice = choice
         self.request = request
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, sampling.skip_special_tokens)
-        self._stops = StopStrings(sampling.stop)
+        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._arrival_s = arrival_s
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._text: list[str] = []
+        self._taken = 0
         self._first_s: float | None = None
         self._last_s: float | None = None
         self._stopped = False
@@ -70,6 +79,7 @@ class Answer:
             return None
         if self._first_s is None:
             self._first_s = event.time_s
+            self._prompt_logprobs = event.prompt_logprobs
         self._last_s = event.time_s
         for index, token_id in enumerate(event.token_ids):
             self._token_ids.append(token_id)
@@ -81,6 +91,12 @@ class Answer:
             if self._stopped:
                 return len(self._token_ids)
         return None
+
+    def take_text(self) -> str:
+        """New text since the last call, safe to show: no half characters, nothing a stop string may take back."""
+        new = "".join(self._text[self._taken :])
+        self._taken = len(self._text)
+        return new
 
     def end(self, event: FinishEvent | ErrorEvent) -> Completion:
         """The terminal event: nothing comes after it."""
@@ -97,12 +113,14 @@ class Answer:
         sampling = self.request.sampling
         return Completion(
             index=self.index,
+            choice=self.choice,
             prompt_token_ids=self.request.token_ids,
             token_ids=tuple(self._token_ids),
             text="".join(self._text),
             finish_reason=None if isinstance(event, ErrorEvent) else str(event.reason),
             seed=sampling.seed,
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if sampling.prompt_logprobs is None else (None, *self._prompt_logprobs),
             cached_tokens=0 if isinstance(event, ErrorEvent) else event.cached_tokens,
             ttft_s=None if self._first_s is None else self._first_s - self._arrival_s,
             latency_s=event.time_s - self._arrival_s,
@@ -111,6 +129,6 @@ class Answer:
         )
 
 
-def refused(index: int, error: HeadraceError) -> Completion:
+def refused(index: int, error: HeadraceError, choice: int = 0) -> Completion:
     """The completion of a request that never reached the engine."""
-    return Completion(index, (), (), "", None, error=RequestFailure(error.code, str(error)))
+    return Completion(index, choice, (), (), "", None, error=RequestFailure(error.code, str(error)))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -16,18 +14,11 @@ from headrace.core.errors import EngineError, InvalidParameter, RequestError
 from headrace.core.types import SamplingParams, TokenEvent
 from headrace.engine.answer import Answer, Completion, refused
 from headrace.engine.client import InProcessClient
-from headrace.engine.model import Message, OpenModel, Prompt
+from headrace.engine.model import Message, OnProgress, OpenModel, Prompt
 from headrace.engine.progress import progress_bar
 from headrace.sched.scheduler import SchedulerStats
 
 __all__ = ["LLM", "Completion"]
-
-
-def with_seed(sampling: SamplingParams) -> SamplingParams:
-    """Draws a seed where one will be used and none was given, so that it can be returned with the answer."""
-    if sampling.temperature > 0 and sampling.seed is None:
-        return replace(sampling, seed=secrets.randbits(63))
-    return sampling
 
 
 class LLM:
@@ -42,14 +33,14 @@ class LLM:
         self._start(OpenModel(make_config(model, settings)))
 
     @classmethod
-    def load(cls, opened: OpenModel) -> Self:
+    def load(cls, opened: OpenModel, on_progress: OnProgress | None = None) -> Self:
         """Loads the weights of a model that is already open."""
         llm = cls.__new__(cls)
-        llm._start(opened)
+        llm._start(opened, on_progress)
         return llm
 
-    def _start(self, opened: OpenModel) -> None:
-        core, self.load_s = opened.start()
+    def _start(self, opened: OpenModel, on_progress: OnProgress | None = None) -> None:
+        core, self.load_s = opened.start(on_progress)
         self._opened = opened
         self._client: InProcessClient | None = InProcessClient(core)
         self._lock = threading.Lock()
@@ -78,7 +69,7 @@ class LLM:
         progress: bool | None = None,
         **fields: Any,
     ) -> list[Completion]:
-        """Answers one prompt or many, together, in the order given.
+        """Answers one prompt or many, together, in the order given; of `n` answers to a prompt, one after the other.
 
         A prompt is text, a list of token ids, or a list of messages. `sampling` holds for all prompts, or is one
         a prompt; its fields can be given by name instead. What is wrong with one prompt is the `error` of its
@@ -88,12 +79,12 @@ class LLM:
         many = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
         each = sampling_for(len(many), sampling, fields)
         shown = progress if progress is not None else sys.stderr.isatty()
-        answers: list[Completion | None] = [None] * len(many)
-        with progress_bar(len(many), shown) as advance:
+        answers: list[Completion] = []
+        with progress_bar(sum(one.n for one in each), shown) as advance:
             for completion in self.iterate(list(zip(many, each, strict=True))):
-                answers[completion.index] = completion
+                answers.append(completion)
                 advance(completion)
-        return [answer for answer in answers if answer is not None]
+        return sorted(answers, key=lambda answer: (answer.index, answer.choice))
 
     def chat(
         self,
@@ -122,12 +113,13 @@ class LLM:
                 self._count += 1
                 now_s = time.monotonic()
                 try:
-                    request = self._opened.request(f"llm-{self._count}", prompt, with_seed(sampling), now_s)
+                    requests = self._opened.requests(f"llm-{self._count}", prompt, sampling, now_s)
                 except RequestError as error:
-                    yield refused(index, error)
+                    yield from (refused(index, error, choice) for choice in range(sampling.n))
                     continue
-                live[request.id] = Answer(index, request, tokenizer, now_s)
-                client.submit(request)
+                for choice, request in enumerate(requests):
+                    live[request.id] = Answer(index, request, tokenizer, now_s, choice)
+                    client.submit(request)
             while live:
                 for event in client.poll():
                     answer = live.get(event.request_id)

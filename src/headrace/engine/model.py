@@ -5,9 +5,12 @@ Everything that can be refused is refused here, before torch is imported and wei
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from typing import cast
 
 from headrace.backends.base import Backend, BackendOptions
@@ -26,10 +29,29 @@ from headrace.sched.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
 from headrace.weights.checkpoint import locate, open_checkpoint
 from headrace.weights.loader import stream
+from headrace.weights.qtensor import QTensor
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (continued as it is), token ids, or chat messages (put through the model's template)."""
+OnProgress = Callable[[float], None]
+"""Hears which share of the weights has been read, 0 to 1."""
+
+
+def child_seed(seed: int, index: int) -> int:
+    """Seed of the index-th answer of several: the first 8 bytes of SHA-256(seed, index), little-endian int64 each."""
+    digest = sha256(seed.to_bytes(8, "little", signed=True) + index.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def children(sampling: SamplingParams) -> tuple[SamplingParams, ...]:
+    """One SamplingParams for each of the `n` answers, with a seed wherever one will be used."""
+    if sampling.temperature > 0 and sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(63))
+    if sampling.n == 1:
+        return (sampling,)
+    seeds = [None if sampling.seed is None else child_seed(sampling.seed, index) for index in range(sampling.n)]
+    return tuple(replace(sampling, n=1, seed=seed) for seed in seeds)
 
 
 class OpenModel:
@@ -78,16 +100,44 @@ class OpenModel:
                 raise InvalidParameter("prompt", token_id, allowed)
         return tuple(cast("Sequence[int]", prompt))
 
-    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0) -> Request:
-        """The prompt as a validated request. Raises RequestError."""
+    def requests(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0
+    ) -> tuple[Request, ...]:
+        """The prompt as validated requests, one for each of its `n` answers; the ids of several get `/0`, `/1` …
+
+        Draws a seed where one will be used and none was given. Raises RequestError.
+        """
         token_ids = self.encode(prompt)
         if sampling.stop and not self.has_text:
             raise InvalidParameter("stop", sampling.stop, "stop_token_ids, since this model has no tokenizer")
-        request = Request(request_id, token_ids, sampling, arrival_s=arrival_s)
-        validate(request, self.limits)
-        return request
+        if sampling.bad_words:
+            sampling = replace(sampling, bad_words_ids=(*sampling.bad_words_ids, *self._bad_words_ids(sampling)))
+        each = children(sampling)
+        ids = [request_id] if len(each) == 1 else [f"{request_id}/{i}" for i in range(len(each))]
+        found = tuple(Request(i, token_ids, one, arrival_s=arrival_s) for i, one in zip(ids, each, strict=True))
+        validate(found[0], self.limits)
+        return found
 
-    def start(self) -> tuple[EngineCore, float]:
+    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0) -> Request:
+        """The prompt as one validated request. Raises RequestError, also where several answers are asked for."""
+        if sampling.n != 1:
+            raise InvalidParameter("n", sampling.n, "1, one answer")
+        return self.requests(request_id, prompt, sampling, arrival_s)[0]
+
+    def _bad_words_ids(self, sampling: SamplingParams) -> Iterator[tuple[int, ...]]:
+        """Each text as it is encoded at the start of an answer, and after a space."""
+        if not self.has_text:
+            raise InvalidParameter("bad_words", sampling.bad_words, "bad_words_ids, since this model has no tokenizer")
+        for text in sampling.bad_words:
+            bare = text.removeprefix(" ")
+            forms = dict.fromkeys(
+                tuple(self.tokenizer.encode(form, False)) for form in (text, bare, " " + bare) if form
+            )
+            if not all(forms):
+                raise InvalidParameter("bad_words", text, "texts of at least one token")
+            yield from forms
+
+    def start(self, on_progress: OnProgress | None = None) -> tuple[EngineCore, float]:
         """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
         began = time.monotonic()
         config = self.config
@@ -100,23 +150,38 @@ class OpenModel:
             max_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
         )
-        backend, capacity = self.load_backend(config.backend, options)
+        backend, capacity = self.load_backend(config.backend, options, on_progress)
         identity = f"{self.checkpoint.fingerprint()}/{config.backend}/{config.dtype}"
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
         scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
         return EngineCore(backend, scheduler, self.limits), time.monotonic() - began
 
-    def load_backend(self, name: str, options: BackendOptions) -> tuple[Backend, Capacity]:
+    def load_backend(
+        self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
+    ) -> tuple[Backend, Capacity]:
         """A backend of its own with this model's weights. Raises ModelError or EngineError."""
         # Names and shapes are compared here, before a backend is imported.
-        tensors = stream(self.checkpoint, self._weight_map)
+        tensors: Iterable[tuple[str, QTensor]] = stream(self.checkpoint, self._weight_map)
+        if on_progress is not None:
+            tensors = _counted(tensors, self.checkpoint.nbytes, on_progress)
         backend = create_backend(name)
         try:
             return backend, backend.load(self.spec, tensors, options, Mesh())
         except BaseException:
             backend.close()
             raise
+
+
+def _counted(
+    tensors: Iterable[tuple[str, QTensor]], total_bytes: int, on_progress: OnProgress
+) -> Iterator[tuple[str, QTensor]]:
+    """The same tensors; each is reported once the backend has taken it."""
+    done_bytes = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        done_bytes += tensor.nbytes
+        on_progress(min(1.0, done_bytes / max(1, total_bytes)))
 
 
 def create_backend(name: str) -> Backend:

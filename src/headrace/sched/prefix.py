@@ -1,8 +1,8 @@
 """PrefixCache: full blocks found again by what they hold.
 
 A block's key is SHA-256 over its parent's key, its token ids, the pieces of images in it, and, at the root, the
-salt and everything that makes KV values differ (model, KV dtype). On a hit the token ids are compared as well, so
-that not even a collision could mix two requests (docs/CONTRACTS.md §1, law 8).
+salt, the adapter and everything that makes KV values differ (model, KV dtype). On a hit the token ids are compared as
+well, so that not even a collision could mix two requests (docs/CONTRACTS.md §1, law 8).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class PrefixCache:
         self._by_key: dict[bytes, int] = {}
         self._by_block: dict[int, _Entry] = {}
 
-    def root(self, salt: str) -> bytes:
-        """Parent key of a request's first block; length-prefixed: no two (identity, salt) pairs run together."""
-        return sha256(b"%d:%b%b" % (len(self._identity), self._identity, salt.encode())).digest()
+    def root(self, salt: str, adapter: str = "") -> bytes:
+        """Parent key of a request's first block; length-prefixed: no two (identity, adapter, salt) run together."""
+        parts = (self._identity, adapter.encode(), salt.encode())
+        return sha256(b"".join(b"%d:%b" % (len(part), part) for part in parts)).digest()
 
     def child(self, parent: bytes, token_ids: Sequence[int], start: int, images: Iterable[ImageSpan] = ()) -> bytes:
         """Key of the block that holds `token_ids`, the first of which is token `start` of its request."""

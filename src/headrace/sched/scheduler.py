@@ -56,6 +56,7 @@ class _Span:
     """What a plan lets one row do."""
 
     sequence: Sequence
+    start: int
     stop: int
     sampled: bool
 
@@ -113,7 +114,7 @@ class Scheduler:
             number=self._arrivals,
             stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids),
             max_output=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            root_key=self._cache.root(request.salt),
+            root_key=self._cache.root(request.salt, request.adapter),
             tokens=list(request.token_ids),
         )
         self._arrivals += 1
@@ -201,7 +202,7 @@ class Scheduler:
             sequence = self._waiting[0]
             if not sequence.was_admitted and quota <= 0:
                 break
-            cached = self._cache.match(sequence.root_key, sequence.tokens, sequence.request.images)
+            cached = self._match(sequence)
             if not self._room_for(sequence, cached):
                 break
             del self._waiting[0]
@@ -210,6 +211,13 @@ class Scheduler:
                 self._policy.joined()
             admits.append(self._admit(sequence, cached))
         return admits
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Blocks that need not be computed: none while its prompt's log-probabilities are wanted, for a block holds no
+        logits."""
+        if sequence.unscored:
+            return []
+        return self._cache.match(sequence.root_key, sequence.tokens, sequence.request.images)
 
     def _room_for(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether its known tokens fit beside those of the running rows and one more block for each of these, so that
@@ -243,6 +251,7 @@ class Scheduler:
             sampling=request.sampling,
             stop_ids=sequence.stop_ids,
             images=request.images,
+            adapter=request.adapter,
         )
 
     def _spread(self, flight: _Flight) -> list[RowStep]:
@@ -276,8 +285,9 @@ class Scheduler:
         sequence.num_planned = stop
         sequence.steps_in_flight += 1
         sequence.sampling_in_flight += sampled
-        flight.spans[sequence.row] = _Span(sequence, stop, sampled)
-        return RowStep(sequence.row, start, length, new_blocks=new_blocks, sample=sampled)
+        flight.spans[sequence.row] = _Span(sequence, start, stop, sampled)
+        score = sequence.unscored and start < sequence.num_prompt - 1
+        return RowStep(sequence.row, start, length, new_blocks=new_blocks, sample=sampled, score_prompt=score)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._capacity.block_size)
@@ -332,6 +342,9 @@ class Scheduler:
             return
         sequence.num_computed = span.stop
         self._publish(sequence)
+        if out.prompt_logprobs:
+            # After a preemption some are told a second time.
+            sequence.prompt_logprobs += out.prompt_logprobs[len(sequence.prompt_logprobs) - span.start :]
         reason = None
         taken = 0
         for token in out.tokens:
@@ -341,7 +354,9 @@ class Scheduler:
                 break
         if taken:
             logprobs = out.logprobs[:taken]
-            self._events.append(TokenEvent(sequence.request.id, out.tokens[:taken], logprobs, now_s))
+            first = sequence.num_output == taken
+            scores = tuple(sequence.prompt_logprobs) if first else ()
+            self._events.append(TokenEvent(sequence.request.id, out.tokens[:taken], logprobs, now_s, scores))
         if reason is not None:
             stop_id = sequence.tokens[-1] if reason is FinishReason.STOP else None
             self._end(sequence, self._finish_event(sequence, reason, sequence.num_output, now_s, stop_id))

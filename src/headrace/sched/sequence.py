@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from headrace.core.types import Request
+from headrace.core.types import Request, TokenLogprobs
 
 
 class Status(Enum):
@@ -47,6 +47,8 @@ class Sequence:
     sampling_in_flight: int = 0
     """Tokens that planned, uncommitted steps will sample."""
     steps_in_flight: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as committed steps have told; where asked for."""
     num_cached: int = 0
     """Prompt tokens that its first admission found in the prefix cache."""
     was_admitted: bool = False
@@ -70,6 +72,12 @@ class Sequence:
         if self.num_output + self.sampling_in_flight >= self.max_output:
             return 0
         return self.num_tokens - self.num_planned
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all known."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt - 1
 
     @property
     def place(self) -> tuple[int, int]:

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headrace.backends.base import BackendOptions
 from headrace.core.spec import ModelSpec
-from headrace.core.types import Admit, Capacity, RowError, RowOut, RowStep, StepPlan, StepResult
+from headrace.core.types import (
+    Admit,
+    Capacity,
+    RowError,
+    RowOut,
+    RowStep,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from headrace.parallel.mesh import Mesh
 from headrace.weights.qtensor import QTensor
 
@@ -35,6 +45,18 @@ def next_token(token_ids: Iterable[int], vocab_size: int) -> int:
     for position, token_id in enumerate(token_ids):
         state = fold(state, position, token_id)
     return state % vocab_size
+
+
+def prompt_score(token_ids: Iterable[int]) -> TokenLogprobs:
+    """The log-probability that FakeBackend gives the prompt token after `token_ids`."""
+    return TokenLogprobs(-float(next_token(token_ids, MODULUS)))
+
+
+def _runs(sampling: SamplingParams) -> bool:
+    """Whether it asks for nothing but greedy tokens."""
+    plain = SamplingParams()
+    kept = ("max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "prompt_logprobs")
+    return replace(sampling, **{name: getattr(plain, name) for name in kept}) == plain
 
 
 def answer(
@@ -184,14 +206,17 @@ class FakeBackend:
         stop = step.start + step.length
         needed = stop + len(step.drafts)
         self._require(len(row.blocks) * size >= needed, f"{len(row.blocks)} blocks for {needed} tokens")
-        if admit.sampling.temperature > 0 or step.mask or step.logits or admit.images:
+        if not _runs(admit.sampling) or step.mask or step.logits or admit.images:
             return RowOut(step.row, error=RowError("unsupported", "the fake backend decodes greedily, without extras"))
         for position in range(step.start, stop):
             self._write(step.row, position, row.token_ids[position])
         row.computed = stop
         error = self._check_finite(row, stop)
-        if error is not None or not step.sample:
+        if error is not None:
             return RowOut(step.row, error=error)
+        scores = self._scores(row, step) if step.score_prompt else ()
+        if not step.sample:
+            return RowOut(step.row, prompt_logprobs=scores)
         self._require(stop == len(row.token_ids), "samples before the last known token")
         tokens = [self._next(row, stop)]
         for draft in step.drafts:
@@ -201,7 +226,11 @@ class FakeBackend:
             row.computed += 1
             tokens.append(self._next(row, row.computed))
         row.token_ids += tokens
-        return RowOut(step.row, tuple(tokens), accepted=len(tokens) - 1)
+        return RowOut(step.row, tuple(tokens), accepted=len(tokens) - 1, prompt_logprobs=scores)
+
+    def _scores(self, row: _Row, step: RowStep) -> tuple[TokenLogprobs, ...]:
+        stop = min(step.start + step.length, row.admit.num_prompt - 1)
+        return tuple(prompt_score(self._read(row, position + 1)) for position in range(step.start, stop))
 
     def _write(self, index: int, position: int, token_id: int) -> None:
         size = self._capacity.block_size

@@ -6,14 +6,16 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """Cuts the text before a stop string, and holds back only what could still become one.
+    """Ends the text at a stop string, and holds back only what could still become one.
 
     The stop string that is complete first wins; of several that end at the same character, the longest. So the answer
     depends on the text alone, not on how it came split, and is known at the character that completes the stop string.
     At most the longest stop string less one character waits; each push looks at that and the new text once.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], include: bool = False) -> None:
+        """`include`: the stop string stays at the end of the text."""
+        self._include = include
         self._stops = tuple(dict.fromkeys(stops))
         assert all(self._stops), "an empty stop string (SamplingParams refuses it)"
         self._held = ""
@@ -25,11 +27,11 @@ class StopStrings:
             return "", True
         text = self._held + delta
         matches = ((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0)
-        _, found = min(matches, default=(-1, -1))
+        end, found = min(matches, default=(-1, -1))
         if found >= 0:
             self._stopped = True
             self._held = ""
-            return text[:found], True
+            return text[: end if self._include else found], True
         safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[safe:]
         return text[:safe], False

@@ -12,7 +12,7 @@ import torch
 
 from headrace.backends.base import BackendOptions
 from headrace.backends.rows import Batch, RequestTable
-from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample
+from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample, score
 from headrace.backends.torch import ops
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.model import Decoder
@@ -39,7 +39,8 @@ class Loaded:
         self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple)
         shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
         self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
-        self.table = RequestTable(options.max_rows, options.max_model_len, options.block_size, options.num_blocks)
+        sizes = (options.max_rows, options.max_model_len, options.block_size, options.num_blocks, spec.vocab_size)
+        self.table = RequestTable(*sizes)
 
 
 class TorchBackend:
@@ -183,6 +184,8 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
         first = int(batch.logit_starts[i])
         raw = logits_PV[first : first + int(batch.logit_counts[i])].copy() if step.logits else None
         out = _row_out(step, mine, raw)
+        if out.error is None and step.score_prompt:
+            out = _scored(loaded, step, out, logits_PV[first : first + step.length])
         if out.error is None and step.sample:
             loaded.table.append(step.row, out.tokens)
         if out.error is None and out.accepted < len(step.drafts):
@@ -194,11 +197,24 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
     return outs
 
 
+def _scored(loaded: Loaded, step: RowStep, out: RowOut, logits_PV: F32) -> RowOut:
+    """With the log-probabilities of the prompt tokens that follow the span's."""
+    row = loaded.table.row(step.row).sampling
+    stop = min(step.start + step.length, row.num_prompt - 1)
+    tokens = loaded.table.token_ids(step.row, stop + 1)[step.start + 1 :]
+    try:
+        scores = score(logits_PV[: len(tokens)], tokens.tolist(), row.sampling.prompt_logprobs or 0)
+    except NonFiniteLogits as error:
+        return RowOut(step.row, error=RowError(error.code, str(error)))
+    return replace(out, prompt_logprobs=tuple(scores))
+
+
 def _positions(loaded: Loaded, step: RowStep) -> list[Position]:
     """A mask holds one vocabulary's bits for each position: after the known tokens, then after each draft."""
-    row = loaded.table.row(step.row)
-    first = step.start + step.length - row.num_prompt
-    return [Position(row.sampling, first + i, row.stop_ids, mask) for i, mask in enumerate(_masks(step))]
+    row = loaded.table.row(step.row).sampling
+    known = loaded.table.token_ids(step.row, step.start + step.length)
+    tokens = np.concatenate((known, np.array(step.drafts, np.int64))) if step.drafts else known
+    return [Position(row, tokens[: len(known) + i], mask) for i, mask in enumerate(_masks(step))]
 
 
 def _masks(step: RowStep) -> Sequence[bytes | None]:
