@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
 
 from headrace.core.errors import InvalidParameter, TemplateError
-from headrace.text.chat import MAX_OUTPUT, ChatTemplate
+from headrace.text.chat import ChatTemplate
+from headrace.text.template_worker import TemplateLimits, TemplateRenderer
 from headrace.weights.checkpoint import open_checkpoint
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -70,6 +72,13 @@ TEMPLATES = {
 
 
 @pytest.fixture(scope="module")
+def renderer() -> Iterator[TemplateRenderer]:
+    renderer = TemplateRenderer()
+    yield renderer
+    renderer.close()
+
+
+@pytest.fixture(scope="module")
 def reference() -> Any:
     from transformers import PreTrainedTokenizerFast
 
@@ -79,8 +88,8 @@ def reference() -> Any:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("prompt", [True, False])
-def test_equal_to_transformers(reference: Any, name: str, prompt: bool) -> None:
-    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+def test_equal_to_transformers(renderer: TemplateRenderer, reference: Any, name: str, prompt: bool) -> None:
+    template = ChatTemplate(TEMPLATES[name], SPECIAL, renderer)
     for messages in [*CONVERSATIONS, TOOL_TALK]:
         for tools in (None, TOOLS):
             arguments: dict[str, Any] = {"add_generation_prompt": prompt, "tools": tools, "flag": [1, "é"]}
@@ -89,11 +98,11 @@ def test_equal_to_transformers(reference: Any, name: str, prompt: bool) -> None:
 
 
 @pytest.mark.demo
-def test_demo_template_equals_transformers(reference: Any, demo_path: Path) -> None:
+def test_demo_template_equals_transformers(renderer: TemplateRenderer, reference: Any, demo_path: Path) -> None:
     with open_checkpoint(demo_path) as checkpoint:
         source = checkpoint.config["tokenizer.chat_template"]
     assert isinstance(source, str)
-    template = ChatTemplate(source, SPECIAL)
+    template = ChatTemplate(source, SPECIAL, renderer)
     for messages in [*CONVERSATIONS, TOOL_TALK]:
         for prompt in (True, False):
             theirs = reference.apply_chat_template(
@@ -103,16 +112,16 @@ def test_demo_template_equals_transformers(reference: Any, demo_path: Path) -> N
     assert template.render([USER]).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
 
 
-def test_text_parts(reference: Any) -> None:
+def test_text_parts(renderer: TemplateRenderer, reference: Any) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert ChatTemplate("{{ messages[0].content + '!' }}", {}).render(parts) == "a\nb!"
+    assert ChatTemplate("{{ messages[0].content + '!' }}", {}, renderer).render(parts) == "a\nb!"
     for source in (
         "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}",
         "{% for m in messages %}{% for part in m['content'] %}<{{ part['text'] }}>{% endfor %}{% endfor %}",
         "{% set c = messages[0].content %}{% if messages[0]['content'] is string %}s{% else %}{{ c[1] }}{% endif %}",
     ):
         theirs = reference.apply_chat_template(parts, chat_template=source, tokenize=False)
-        assert ChatTemplate(source, {}).render(parts) == theirs
+        assert ChatTemplate(source, {}, renderer).render(parts) == theirs
 
 
 GOOD = {"role": "user", "content": "a"}
@@ -139,15 +148,15 @@ GOOD = {"role": "user", "content": "a"}
         ([GOOD | {"extra": {1: 2}}], "messages[0]"),
     ],
 )
-def test_bad_messages(messages: Any, field: str) -> None:
+def test_bad_messages(renderer: TemplateRenderer, messages: Any, field: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        ChatTemplate("x", {}).render(messages)
+        ChatTemplate("x", {}, renderer).render(messages)
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field}: got ") and ", allowed: " in str(caught.value)
 
 
-def test_bad_arguments() -> None:
-    template = ChatTemplate("x", {})
+def test_bad_arguments(renderer: TemplateRenderer) -> None:
+    template = ChatTemplate("x", {}, renderer)
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -158,9 +167,9 @@ def test_bad_arguments() -> None:
     assert template.render([{"role": "assistant", "content": None}, {"role": "tool"}]) == "x"
 
 
-def test_messages_are_not_changed() -> None:
+def test_messages_are_not_changed(renderer: TemplateRenderer) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    ChatTemplate("{{ messages[0].content }}", {}).render(messages)
+    ChatTemplate("{{ messages[0].content }}", {}, renderer).render(messages)
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
 
 
@@ -176,9 +185,9 @@ def test_messages_are_not_changed() -> None:
         ("{% include 'x' %}", "no loader"),
     ],
 )
-def test_template_failures_are_one_line(source: str, message: str) -> None:
+def test_template_failures_are_one_line(renderer: TemplateRenderer, source: str, message: str) -> None:
     with pytest.raises(TemplateError, match=message) as caught:
-        ChatTemplate(source, {}).render([GOOD])
+        ChatTemplate(source, {}, renderer).render([GOOD])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -186,9 +195,9 @@ def test_template_failures_are_one_line(source: str, message: str) -> None:
     "source",
     ["{% for x in %}", "{{ ", "{% nope %}", "{{ x | nope }}", "(" * 500 + "{{" + "(" * 20_000, "{% generation %}"],
 )
-def test_broken_sources(source: str) -> None:
+def test_broken_sources(renderer: TemplateRenderer, source: str) -> None:
     with pytest.raises(TemplateError, match=r"^the chat template cannot be read: "):
-        ChatTemplate(source, {})
+        ChatTemplate(source, {}, renderer).render([GOOD])
 
 
 ESCAPES = [
@@ -223,10 +232,10 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_sandbox_escapes_are_refused(source: str) -> None:
+def test_sandbox_escapes_are_refused(renderer: TemplateRenderer, source: str) -> None:
     """Refused outright, or undefined, which prints as nothing."""
     try:
-        out = ChatTemplate(source, {}).render([GOOD])
+        out = ChatTemplate(source, {}, renderer).render([GOOD])
     except TemplateError as error:
         assert "\n" not in str(error)
     else:
@@ -265,25 +274,37 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("source", BOMBS)
-def test_large_values_are_refused_quickly(source: str) -> None:
+def test_large_values_are_refused_quickly(renderer: TemplateRenderer, source: str) -> None:
     start = time.perf_counter()
     with pytest.raises(TemplateError) as caught:
-        ChatTemplate(source, {}).render([GOOD])
+        ChatTemplate(source, {}, renderer).render([GOOD])
     assert time.perf_counter() - start < 2
     assert "\n" not in str(caught.value)
 
 
-def test_output_bound() -> None:
-    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
-    half = {"role": "user", "content": "x" * (MAX_OUTPUT // 2)}
-    assert len(template.render([half, half])) == MAX_OUTPUT
-    with pytest.raises(TemplateError, match=f"more than {MAX_OUTPUT}"):
+def test_output_bound(renderer: TemplateRenderer) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {}, renderer)
+    half = {"role": "user", "content": "x" * (TemplateLimits().output // 2)}
+    assert len(template.render([half, half])) == TemplateLimits().output
+    with pytest.raises(TemplateError, match=f"more than {TemplateLimits().output}"):
         template.render([half, half, GOOD])
 
 
-def test_jinja2_is_imported_with_the_first_template() -> None:
+def test_jinja2_stays_out_of_this_process() -> None:
     code = (
-        "import sys\nfrom headrace.text.chat import ChatTemplate\nassert 'jinja2' not in sys.modules\n"
-        "assert ChatTemplate('{{ messages[0].role }}', {}).render([{'role': 'user'}]) == 'user'"
+        "import sys\nfrom headrace.text.chat import ChatTemplate\n"
+        "from headrace.text.template_worker import TemplateRenderer\n"
+        "template = ChatTemplate('{{ messages[0].role }}', {}, TemplateRenderer())\n"
+        "assert template.render([{'role': 'user'}]) == 'user'\nassert 'jinja2' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_no_template_comes_with_a_request(renderer: TemplateRenderer) -> None:
+    for name in ("chat_template", "messages"):
+        variables: dict[str, Any] = {name: "{{ 1 }}"}
+        with pytest.raises(InvalidParameter) as caught:
+            ChatTemplate("x", {}, renderer).render([GOOD], **variables)
+        assert caught.value.field == name
+    odd: dict[str, Any] = {"self": 1, "source": "{{ 1 }}", "variables": 2, "raise_exception": 3, "a b": 4, "": 5}
+    assert ChatTemplate("{{ source }}{{ variables }}", {}, renderer).render([GOOD], **odd) == "{{ 1 }}2"

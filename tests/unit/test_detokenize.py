@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from headrace.core.errors import UnsupportedModel
 from headrace.text.detokenize import Detokenizer
-from headrace.text.gguf_tokenizer import TokenizerParts
+from headrace.text.parts import TokenizerParts
 from headrace.text.tokenizer import Tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -276,7 +276,7 @@ def test_every_name_builds() -> None:
 
 
 BROKEN = {
-    "model": [("llama", UnsupportedModel), (None, UnsupportedModel), (3, CheckpointError)],
+    "model": [("bert", UnsupportedModel), (None, UnsupportedModel), (3, CheckpointError)],
     "pre": [("made-up", UnsupportedModel), (3, CheckpointError)],
     "tokens": [
         (None, CheckpointError),

@@ -1,14 +1,18 @@
-"""Chat templates: messages in, the model's prompt text out. A template is untrusted: it runs in a sandbox."""
+"""Chat templates: messages in, the model's prompt text out.
+
+A template comes with the model, never with a request, and is untrusted all the same: it runs in a process of its own.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
-from headrace.core.errors import InvalidParameter, TemplateError
+from headrace.core.errors import InvalidParameter
+from headrace.text.template_worker import TemplateRenderer
 
-MAX_OUTPUT = 4 * 2**20
-"""Most characters a template may write."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Where a message may keep its reasoning; templates read the first, some the second."""
 _MAX_DEPTH = 64
 _TAKES_PARTS = re.compile(
     r"""content(['"]\s*\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)|in\s+(\w+(\.|\[\s*['"]))?content\b"""
@@ -17,66 +21,61 @@ _TAKES_PARTS = re.compile(
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A model's chat template.
 
     Rendered as transformers does: blocks are trimmed, `tojson` keeps Unicode, `raise_exception`, `strftime_now`,
-    `{% break %}` and `{% generation %}` are known. Raises TemplateError if the source is not a template.
+    `{% break %}` and `{% generation %}` are known.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        from headrace.text.sandbox import compile_template  # jinja2 costs 30 ms: only where a template is used
-
+    def __init__(self, source: str, special_tokens: Mapping[str, str], renderer: TemplateRenderer) -> None:
+        self._source = source
         self._special_tokens = dict(special_tokens)
         self._takes_parts = _TAKES_PARTS.search(source) is not None
-        try:
-            self._template = compile_template(source, MAX_OUTPUT)
-        except Exception as error:
-            raise TemplateError(f"the chat template cannot be read: {_one_line(error)}") from None
+        self._renderer = renderer
 
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
+        /,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
         **kwargs: object,
     ) -> str:
         """The prompt text of a conversation; `kwargs` are more variables for the template (`enable_thinking=False`).
 
-        Raises InvalidParameter (messages, tools, a variable), TemplateError (the template refuses or fails).
+        Raises InvalidParameter (messages, tools, a variable), TemplateError (the source is no template, or the template
+        refuses, fails or meets a limit), EngineError (it cannot be run).
         """
         if not isinstance(add_generation_prompt, bool):
             raise InvalidParameter("add_generation_prompt", add_generation_prompt, "true or false")
-        plain = [self._content(message) for message in _check_messages(messages)]
+        for name in ("chat_template", "messages"):  # a server passes on the names that a request chooses
+            if name in kwargs:
+                raise InvalidParameter(name, kwargs[name], "no such variable; the model and the request have one")
+        plain = [self._content(_with_reasoning(message)) for message in _check_messages(messages)]
         variables = {key: _plain(value, key) for key, value in kwargs.items()}
-        try:
-            chunks = self._template.generate(
-                {
-                    "documents": None,
-                    **self._special_tokens,
-                    **variables,
-                    "messages": plain,
-                    "tools": _check_tools(tools),
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-            out: list[str] = []
-            left = MAX_OUTPUT
-            for chunk in chunks:
-                left -= len(chunk)
-                if left < 0:
-                    raise TemplateError(f"the chat template writes more than {MAX_OUTPUT} characters")
-                out.append(chunk)
-        except (TemplateError, InvalidParameter):
-            raise
-        except Exception as error:
-            raise TemplateError(f"the chat template failed: {_one_line(error)}") from None
-        return "".join(out)
+        return self._renderer.render(
+            self._source,
+            {
+                "documents": None,
+                **self._special_tokens,
+                **variables,
+                "messages": plain,
+                "tools": _check_tools(tools),
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
 
     def _content(self, message: dict[str, object]) -> dict[str, object]:
         content = message.get("content")
         if isinstance(content, list) and not self._takes_parts:
             return {**message, "content": "\n".join(part["text"] for part in content)}
         return message
+
+
+def _with_reasoning(message: dict[str, object]) -> dict[str, object]:
+    """As transformers: whichever name the reasoning came under, a template finds it under those it may read."""
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _check_messages(messages: object) -> list[dict[str, object]]:
@@ -128,8 +127,3 @@ def _plain(value: object, where: str, depth: int = 0) -> object:
     if depth < _MAX_DEPTH and isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {key: _plain(item, where, depth + 1) for key, item in value.items()}
     raise InvalidParameter(where, value, f"JSON values, up to {_MAX_DEPTH} deep")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from headrace.core.errors import UnsupportedModel, shorten
+from headrace.text.sentencepiece import SentencePiece
+from headrace.text.spm_normalizer import SPACE
 
 if TYPE_CHECKING:
     from tokenizers import decoders
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SEQUENCE = re.compile(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?")
+_UNKNOWN_SURFACE = " ⁇ "
+"""What sentencepiece writes for the unknown token."""
 _ANCHOR = "a"
 """Stands before the tokens of a push, so that the decoder does not take them for the first of the text."""
 
@@ -42,8 +46,9 @@ _BYTE_OF_CHAR = _byte_of_char()
 class DecoderRules:
     """How tokens become text."""
 
-    kind: Literal["byte_level", "first", "fused"]
-    """byte_level: tokens spell bytes. first: the first token's text may differ. fused: `strip` cuts the whole text."""
+    kind: Literal["byte_level", "first", "fused", "pieces"]
+    """byte_level: tokens spell bytes. first: the first token's text may differ. fused: `strip` cuts the whole text.
+    pieces: SentencePiece's own rules (`_piece_text`)."""
     byte_fallback: bool = False
     """`<0xE2>` is a byte."""
     strip: int = 0
@@ -100,6 +105,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._raw = tokenizer.raw
         self._rules = tokenizer.decoder_rules
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = _Utf8(one_mark_a_byte=self._rules.kind != "byte_level")
@@ -117,12 +123,13 @@ class Detokenizer:
         plain: list[str] = []
         run: list[int] = []
         for token in tokens:
-            match = _BYTE_TOKEN.fullmatch(token)
-            if match and plain:
-                out.append(self._decode(plain))
-                plain = []
-            if match:
-                run.append(int(match[1], 16))
+            byte = self._byte_of(token)
+            if byte is not None:
+                if plain:
+                    out.append(self._decode(plain))
+                    plain = []
+                run.append(byte)
+                self._at_start = False
                 continue
             # A token that is no byte ends the bytes before it, in this push or an earlier one.
             out.append(self._utf8.push(bytes(run), final=True))
@@ -135,10 +142,18 @@ class Detokenizer:
         """What was held back."""
         return self._cut(self._utf8.push(b"", final=True))
 
+    def _byte_of(self, token: str) -> int | None:
+        if isinstance(self._raw, SentencePiece):
+            return self._raw.byte_values.get(token)
+        match = _BYTE_TOKEN.fullmatch(token)
+        return None if match is None else int(match[1], 16)
+
     def _decode(self, tokens: Sequence[str]) -> str:
         if not tokens:
             return ""
-        decoder = self._tokenizer.raw.decoder
+        if isinstance(self._raw, SentencePiece):
+            return "".join([self._piece_text(token, self._raw) for token in tokens])
+        decoder = self._raw.decoder
         if self._rules.kind == "fused":
             return str(decoder.decode([_ANCHOR, *tokens]))[len(decoder.decode([_ANCHOR])) :]
         first, self._at_start = self._at_start, False
@@ -147,6 +162,18 @@ class Detokenizer:
         if first:
             return str(decoder.decode(list(tokens)))
         return str(decoder.decode([_ANCHOR, *tokens]))[len(_ANCHOR) :]
+
+    def _piece_text(self, piece: str, raw: SentencePiece) -> str:
+        """As sentencepiece's Decode: the first piece loses a leading ▁; if runs collapse, all before the text do."""
+        if piece in raw.unknown or piece in raw.special:
+            self._at_start = False
+            return _UNKNOWN_SURFACE if piece in raw.unknown else piece
+        if self._at_start and raw.drops_first_space and piece.startswith(SPACE):
+            piece = piece[1:]
+            self._at_start = raw.drops_all_first_spaces
+        if piece:
+            self._at_start = False
+        return piece.replace(SPACE, " ")
 
     def _cut(self, text: str) -> str:
         """Without the spaces that the decoder strips from the start of the whole text."""

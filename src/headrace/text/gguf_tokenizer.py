@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer from GGUF metadata, built in memory.
+"""A tokenizer from GGUF metadata, built in memory: here byte-level BPE, `gguf_sentencepiece` has the other kinds.
 
 A GGUF file holds the vocabulary and the merges, and only the *name* of the pre-tokenizer (`tokenizer.ggml.pre`); the
 regular expressions behind the names are below. Sources: the tokenizer.json of the models the names stand for, and
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from headrace.core.errors import CheckpointError, UnsupportedModel, shorten
+from headrace.core.errors import UnsupportedModel, shorten
+from headrace.text.gguf_metadata import CONTROL, UNKNOWN, USER_DEFINED, Metadata, NamedIds
+from headrace.text.gguf_sentencepiece import SENTENCEPIECE_KINDS, build_sentencepiece
+from headrace.text.parts import TokenizerParts
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -72,131 +75,46 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 }
 """By `tokenizer.ggml.pre`. A file without the key gets `default`, as in llama.cpp."""
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_TOKEN_TYPES = range(7)  # undefined, normal, unknown, control, user-defined, unused, byte
-_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_NAMED: Mapping[str, str] = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "pad_token": "padding_token_id",
-    "unk_token": "unknown_token_id",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerParts:
-    """What a checkpoint says about its tokenizer."""
-
-    raw: Tokenizer
-    eos_token_ids: frozenset[int]
-    bos_token_id: int | None
-    special_tokens: Mapping[str, str]
-    chat_template: str | None
-
-
-class _Metadata:
-    """Typed reads of the `tokenizer.*` keys; a wrong type raises CheckpointError naming file and key."""
-
-    def __init__(self, metadata: Mapping[str, object], name: str) -> None:
-        self.metadata = metadata
-        self.name = name
-
-    def fail(self, key: str, value: object, allowed: str) -> CheckpointError:
-        return CheckpointError(f"{self.name}: {key} is {shorten(value)}, allowed: {allowed}")
-
-    def strings(self, key: str) -> list[str]:
-        value = self.metadata.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.fail(key, value, "a list of strings")
-        return value
-
-    def text(self, key: str) -> str | None:
-        value = self.metadata.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self.fail(key, value, "a string")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, bool):
-            raise self.fail(key, value, "true or false")
-        return value
-
-    def token_id(self, key: str, vocab_size: int) -> int | None:
-        value = self.metadata.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise self.fail(key, value, f"a token id from 0 to {vocab_size - 1}")
-        return value
-
-    def token_types(self, vocab_size: int) -> list[int]:
-        """One a token; all normal where the key is missing."""
-        key = "tokenizer.ggml.token_type"
-        value = self.metadata.get(key)
-        if value is None:
-            return [1] * vocab_size
-        types = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(types, list) or len(types) != vocab_size:
-            raise self.fail(key, value, f"a list of {vocab_size} token types, one a token")
-        for item in types:
-            if not isinstance(item, int) or item not in _TOKEN_TYPES:
-                raise self.fail(key, item, "0 to 6")
-        return types
-
 
 def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> TokenizerParts:
     """The tokenizer that GGUF metadata describes; `name` is the file's, for messages.
 
     Raises UnsupportedModel on a tokenizer model or pre-tokenizer we do not know, CheckpointError on broken metadata.
     """
-    read = _Metadata(metadata, name)
+    read = Metadata(metadata, name)
     kind = read.text("tokenizer.ggml.model")
+    if kind in SENTENCEPIECE_KINDS:
+        return build_sentencepiece(read, kind)
     if kind != "gpt2":
-        raise UnsupportedModel(f"{name}: tokenizer.ggml.model is {shorten(kind)}, supported: 'gpt2' (byte-level BPE)")
+        raise UnsupportedModel(
+            f"{name}: tokenizer.ggml.model is {shorten(kind)}, supported: 'gpt2' (byte-level BPE), "
+            "'llama' and 't5' (SentencePiece)"
+        )
     pre_name = read.text("tokenizer.ggml.pre") or "default"
     pre = PRE_TOKENIZERS.get(pre_name)
     if pre is None:
         raise UnsupportedModel(
             f"{name}: tokenizer.ggml.pre is {shorten(pre_name)}, supported: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(read.strings("tokenizer.ggml.tokens"))]
-    if not tokens:
-        raise read.fail("tokenizer.ggml.tokens", [], "at least one token")
+    tokens = read.tokens()
     types = read.token_types(len(tokens))
     raw = Tokenizer(_build_bpe(read, tokens, pre))
     _set_pipeline(raw, pre, read.flag("tokenizer.ggml.add_space_prefix", default=False))
     added = [
-        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     raw.add_tokens(added)
-
-    ids = {key: read.token_id(f"tokenizer.ggml.{key}", len(tokens)) for key in (*_NAMED.values(), *_STOP_KEYS)}
-    bos, eos = ids["bos_token_id"], ids["eos_token_id"]
-    add_bos = read.flag("tokenizer.ggml.add_bos_token", default=pre.add_bos)
-    add_eos = read.flag("tokenizer.ggml.add_eos_token", default=False)
-    for wanted, token_id, what in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
-        if wanted and token_id is None:
-            raise CheckpointError(f"{name}: add_{what}_token is true, but tokenizer.ggml.{what}_token_id is missing")
-    _set_bos_eos(
-        raw, tokens[bos] if add_bos and bos is not None else None, tokens[eos] if add_eos and eos is not None else None
-    )
+    named = NamedIds.read(read, tokens, add_bos=pre.add_bos, add_eos=False)
+    _set_bos_eos(raw, *(None if i is None else tokens[i] for i in (named.begin, named.end)))
     return TokenizerParts(
         raw=raw,
-        eos_token_ids=frozenset(i for key in _STOP_KEYS if (i := ids[key]) is not None),
-        bos_token_id=bos,
-        special_tokens={what: tokens[i] for what, key in _NAMED.items() if (i := ids[key]) is not None},
+        eos_token_ids=named.eos_token_ids,
+        bos_token_id=named.bos,
+        special_tokens=named.special_tokens,
         chat_template=read.text("tokenizer.chat_template"),
     )
-
-
-def gguf_eos_ids(metadata: Mapping[str, object], name: str) -> frozenset[int]:
-    """The ids that end an answer, of a file that need not have a tokenizer. Raises CheckpointError."""
-    read = _Metadata(metadata, name)
-    ids = (read.token_id(f"tokenizer.ggml.{key}", 2**31) for key in _STOP_KEYS)
-    return frozenset(i for i in ids if i is not None)
 
 
 def _set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -207,11 +125,8 @@ def _set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:
     raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
-def _build_bpe(read: _Metadata, tokens: list[str], pre: PreTokenizer) -> models.BPE:
+def _build_bpe(read: Metadata, tokens: list[str], pre: PreTokenizer) -> models.BPE:
     vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise read.fail("tokenizer.ggml.tokens", twice, "each token once")
     merges: list[tuple[str, str]] = []
     for merge in read.strings("tokenizer.ggml.merges"):
         left, space, right = merge.partition(" ")

@@ -1,7 +1,7 @@
 """The jinja2 sandbox for chat templates: no Python internals, no changes to its input, no value beyond a size.
 
 jinja2's own sandbox bounds `range` and attributes; what a value may grow to is bounded here, at each operation that can
-make a large value from small ones. Time is not bounded.
+make a large value from small ones. It runs in a process of its own (`template_child`), which bounds time and memory.
 """
 
 from __future__ import annotations
@@ -23,19 +23,76 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from headrace.core.errors import TemplateError
+
 _MAX_BITS = 2**14
 """Bits of an integer product or power."""
 _WIDE = re.compile(r"\d{6,}|\*|\{[^{}]*:[^{}]*\{")
 """A format string with a width (or precision) of six digits, or with one taken from an argument."""
 _PADDERS = frozenset(("center", "ljust", "rjust", "zfill", "expandtabs"))
 _COUNTED_FILTERS = ("center", "batch", "slice", "wordwrap", "truncate", "round", "tojson")
+_MAX_MESSAGE = 10_000
 _MAX_COUNT = 10_000
 """Width, indent or count given to a filter or to a string method."""
 
 
-def compile_template(source: str, max_size: int) -> jinja2.Template:
-    """A template whose values hold at most `max_size` characters or items. Raises jinja2's errors."""
-    return _Environment(max_size).from_string(source)
+def compile_template(source: str, max_size: int, clock: Callable[[], datetime]) -> jinja2.Template:
+    """A template whose values hold at most `max_size` characters or items; `clock` is what `strftime_now` reads.
+
+    Raises TemplateError if the source is not a template.
+    """
+    try:
+        return _Environment(max_size, clock).from_string(source)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"the chat template cannot be read: {_one_line(error)}") from None
+
+
+def render_template(template: jinja2.Template, variables: Mapping[str, Any], max_output: int) -> str:
+    """What the template writes. Raises TemplateError if it refuses, fails, or writes over `max_output` characters."""
+    out: list[str] = []
+    left = max_output
+    try:
+        for chunk in template.generate(variables):
+            left -= len(chunk)
+            if left < 0:
+                raise TemplateError(f"the chat template writes more than {max_output} characters")
+            out.append(chunk)
+    except (MemoryError, TemplateError):
+        raise
+    except Exception as error:
+        raise TemplateError(f"the chat template failed: {_one_line(error)}") from None
+    return "".join(out)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error)[:_MAX_MESSAGE].split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+class _Clock:
+    """`strftime_now`; a callable whose only attribute the sandbox refuses."""
+
+    __slots__ = ("_now",)
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self._now = now
+
+    def __call__(self, pattern: str) -> str:
+        return self._now().strftime(pattern)
+
+
+class _Dict:
+    """`dict(…)` and `dict.fromkeys`, without the type behind them."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 class _GenerationTag(Extension):
@@ -81,7 +138,7 @@ def _check_name(name: object) -> None:
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(self, max_size: int, clock: Callable[[], datetime]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self._max_size = max_size
         self.concat = self._join  # type: ignore[method-assign]  # what a macro or a block `set` wrote
@@ -93,10 +150,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["indent"] = self._bounded(self.filters["indent"], self._check_indent)
         self.filters["format"] = self._bounded(self.filters["format"], self._check_format)
         del self.globals["lipsum"]
-        self.globals["dict"] = _make_dict
+        self.globals["dict"] = _Dict()
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["strftime_now"] = _Clock(clock)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _ConcatAsJoin().visit(super()._parse(source, name, filename))
@@ -205,13 +262,5 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
 def _raise_exception(message: object) -> None:
     raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -12,8 +12,12 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from headrace.core.errors import CheckpointError, RequestError, TemplateError, UnsupportedModel, shorten
 from headrace.text.chat import ChatTemplate
-from headrace.text.detokenize import Detokenizer, read_decoder
-from headrace.text.gguf_tokenizer import TokenizerParts, build_gguf_tokenizer, gguf_eos_ids
+from headrace.text.detokenize import DecoderRules, Detokenizer, read_decoder
+from headrace.text.gguf_metadata import gguf_eos_ids
+from headrace.text.gguf_tokenizer import build_gguf_tokenizer
+from headrace.text.parts import TokenizerParts
+from headrace.text.sentencepiece import SentencePiece
+from headrace.text.template_worker import TemplateRenderer
 from headrace.weights.checkpoint import read_json
 from headrace.weights.files import read_file
 
@@ -44,9 +48,14 @@ class Tokenizer:
         self.special_tokens = parts.special_tokens
         """bos_token, eos_token, pad_token, unk_token: the strings, for templates; those the model has."""
         self.chat_template = parts.chat_template
-        self.decoder_rules = read_decoder(parts.raw.decoder, name)
-        added = parts.raw.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
+        if isinstance(parts.raw, SentencePiece):
+            self.decoder_rules = DecoderRules("pieces", byte_fallback=True)
+            self._special = parts.raw.special
+        else:
+            self.decoder_rules = read_decoder(parts.raw.decoder, name)
+            added = parts.raw.get_added_tokens_decoder().values()
+            self._special = frozenset(token.content for token in added if token.special)
+        self._renderer = TemplateRenderer()
         self._template: ChatTemplate | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -56,6 +65,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             surrogate = f"a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}"
             raise RequestError(f"text: {surrogate} is not valid Unicode") from None
+        if isinstance(self.raw, SentencePiece):
+            return self.raw.encode(text, add_special_tokens)
         try:
             ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
         except (KeyboardInterrupt, SystemExit):
@@ -70,7 +81,7 @@ class Tokenizer:
         Bytes that are no UTF-8 become U+FFFD. Where bytes are tokens (`<0xE2>`), only the bad ones do: the tokenizers
         library gives up the whole run, so that a character already shown to a reader could turn into U+FFFD.
         """
-        if self.decoder_rules.byte_fallback:
+        if self.decoder_rules.byte_fallback or isinstance(self.raw, SentencePiece):
             detokenizer = Detokenizer(self, skip_special_tokens)
             return detokenizer.push(ids) + detokenizer.finish()
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -82,16 +93,25 @@ class Tokenizer:
         skipped = self._special if skip_special_tokens else frozenset[str]()
         return [token for token in tokens if token is not None and token not in skipped]
 
-    def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: Any) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, object]], /, **kwargs: Any) -> list[int]:
         """Token ids of a conversation: the template writes the special tokens. Arguments of `ChatTemplate.render`.
 
-        Raises InvalidParameter, TemplateError.
+        Raises InvalidParameter, TemplateError, EngineError.
         """
         if self.chat_template is None:
             raise TemplateError("the model has no chat template: give a prompt instead of messages")
         if self._template is None:
-            self._template = ChatTemplate(self.chat_template, self.special_tokens)
+            self._template = ChatTemplate(self.chat_template, self.special_tokens, self._renderer)
         return self.encode(self._template.render(messages, **kwargs), add_special_tokens=False)
+
+    def start(self) -> None:
+        """Starts the process that renders chats, so that the first need not wait for it. Raises EngineError."""
+        if self.chat_template is not None:
+            self._renderer.start()
+
+    def close(self) -> None:
+        """Ends the process that renders chats, if there is one. Happens by itself when the tokenizer is dropped."""
+        self._renderer.close()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
