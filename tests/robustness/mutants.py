@@ -39,7 +39,36 @@ MUTANTS = (
         "(sequence)\n        if sequence.steps_in_flight == 0:\n            self._give_back(sequence)",
         "(sequence)\n        self._give_back(sequence)",
     ),
-    Mutant("a prompt to be scored takes a prefix hit", SCHEDULER, "        if sequence.unscored:\n            return []\n", ""),
+    Mutant(
+        "a prompt to be scored takes a prefix hit",
+        SCHEDULER,
+        "        if sequence.unscored:\n            return []\n",
+        "",
+    ),
+    Mutant(
+        "nobody waits for a block in the making",
+        SCHEDULER,
+        "and self._is_coming(sequence, len(cached)):",
+        "and False:",
+    ),
+    Mutant(
+        "a request waits for a block of another tenant",
+        SCHEDULER,
+        "            and other.root_key == sequence.root_key\n",
+        "",
+    ),
+    Mutant(
+        "a request waits for a block that is there already",
+        SCHEDULER,
+        "            len(other.keys) <= num_cached\n",
+        "            True\n",
+    ),
+    Mutant(
+        "a preempted request waits behind those that may not join",
+        SCHEDULER,
+        "if len(self._waiting) == self._num_fresh:",
+        "if True:",
+    ),
     Mutant(
         "after a preemption the prompt's scores are told twice",
         SCHEDULER,

@@ -113,6 +113,29 @@ def test_policies_agree_and_compute_each_token_once(depth: int) -> None:
     assert iterations["fused"] <= iterations["window:50"] < iterations["static:8"] < iterations["serial"], iterations
 
 
+@pytest.mark.parametrize("policy", ["serial", "static:8", "window:0", "fused"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompts_that_begin_alike_are_computed_once(policy: str, depth: int) -> None:
+    """Eight requests behind one beginning of 96 tokens, and one that has nothing to do with it."""
+    backend = FakeBackend(VOCAB, depth)
+    core = make_core(policy, backend, prefix_cache=True)
+    shared = [i % 7 for i in range(96)]
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    for number in range(8):
+        core.submit(Request(f"r{number}", (*shared, 10 + number, 3), sampling))
+    core.submit(Request("other", (9,) * 40, sampling))
+    core.submit(Request("salted", (*shared, 10, 3), sampling, salt="tenant"))
+    events = drain(core)
+    tokens = tokens_of(events)
+    for number in range(8):
+        assert tokens[f"r{number}"] == answer((*shared, 10 + number, 3), VOCAB, 4)
+    outputs = 10 * 3
+    assert core.stats.computed_tokens == 2 * 98 + 7 * 2 + 40 + outputs, "the salted one alone computes it again"
+    if policy == "fused":
+        first = [event.request_id for event in events if isinstance(event, TokenEvent)][:3]
+        assert sorted(first) == ["other", "r0", "salted"], "they have nothing to wait for"
+
+
 def test_late_arrivals_join_at_the_next_iteration() -> None:
     core = make_core()
     core.submit(Request("long", (1, 2, 3), SamplingParams(max_tokens=50, ignore_eos=True)))

@@ -180,7 +180,7 @@ def _penalise(logits_V: F32, position: Position) -> None:
     """
     sampling = position.row.sampling
     if sampling.repetition_penalty != 1:
-        penalty = np.float32(min(max(sampling.repetition_penalty, LIMITS.tiny), LIMITS.max))
+        penalty = np.float32(min(max(sampling.repetition_penalty, float(LIMITS.tiny)), float(LIMITS.max)))
         seen = np.unique(position.token_ids)
         seen = seen[logits_V[seen] > -np.inf]
         logits = logits_V[seen]

@@ -29,7 +29,7 @@ class PrefixCache:
     def __init__(self, num_blocks: int, block_size: int, identity: str, enabled: bool = True) -> None:
         self.pool = BlockPool(num_blocks, on_evict=self._evict)
         self.block_size = block_size
-        self._enabled = enabled
+        self.enabled = enabled
         self._identity = identity.encode()
         self._by_key: dict[bytes, int] = {}
         self._by_block: dict[int, _Entry] = {}
@@ -56,7 +56,7 @@ class PrefixCache:
         The last token is never part of it: it is always computed, so that there are logits to sample (law 7).
         """
         blocks: list[int] = []
-        if not self._enabled:
+        if not self.enabled:
             return blocks
         parent, size = root, self.block_size
         for start in range(0, len(token_ids) - size, size):
@@ -77,7 +77,7 @@ class PrefixCache:
     ) -> bytes:
         """Publishes a full block that a committed step has filled; returns its key. The first holder of a key stays."""
         key = self.child(parent, token_ids, start, images)
-        if self._enabled and key not in self._by_key and block not in self._by_block:
+        if self.enabled and key not in self._by_key and block not in self._by_block:
             self._by_key[key] = block
             self._by_block[block] = _Entry(key, parent, tuple(token_ids))
             self.pool.keep(block)

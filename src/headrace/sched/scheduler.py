@@ -192,20 +192,31 @@ class Scheduler:
         return plan
 
     def _join(self, now_s: float) -> list[Admit]:
-        """Admits from the head of the queue, in order; the first that cannot join keeps the others waiting."""
+        """Admits from the queue, in order; the first that finds no room keeps those behind it waiting.
+
+        Passed over: who would compute what a running row is about to publish, and, once the policy lets no more join,
+        who never joined: those that were preempted come back whatever the policy says.
+        """
         admits: list[Admit] = []
+        passed = 0
         quota = 0
         if oldest := self._oldest_fresh():
             waiting = min(self._num_fresh, self._capacity.max_rows)
             quota = self._policy.quota(waiting, self._active(), oldest.request.arrival_s, now_s)
-        while self._waiting and self._free_rows:
-            sequence = self._waiting[0]
+        while passed < len(self._waiting) and self._free_rows:
+            sequence = self._waiting[passed]
             if not sequence.was_admitted and quota <= 0:
-                break
+                if len(self._waiting) == self._num_fresh:
+                    break
+                passed += 1
+                continue
             cached = self._match(sequence)
+            if passed < self._capacity.max_rows and self._is_coming(sequence, len(cached)):
+                passed += 1
+                continue
             if not self._room_for(sequence, cached):
                 break
-            del self._waiting[0]
+            del self._waiting[passed]
             if not sequence.was_admitted:
                 quota -= 1
                 self._policy.joined()
@@ -218,6 +229,22 @@ class Scheduler:
         if sequence.unscored:
             return []
         return self._cache.match(sequence.root_key, sequence.tokens, sequence.request.images)
+
+    def _is_coming(self, sequence: Sequence, num_cached: int) -> bool:
+        """Whether a running row will publish the block after its first `num_cached`: to wait is to find it."""
+        stop = (num_cached + 1) * self._capacity.block_size
+        tokens = sequence.tokens
+        if not self._cache.enabled or sequence.unscored or sequence.request.images or stop >= len(tokens):
+            return False
+        return any(
+            len(other.keys) <= num_cached
+            and other.root_key == sequence.root_key
+            and not other.request.images
+            and len(other.tokens) >= stop
+            and other.tokens[stop - 1] == tokens[stop - 1]
+            and other.tokens[:stop] == tokens[:stop]
+            for other in self._running
+        )
 
     def _room_for(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether its known tokens fit beside those of the running rows and one more block for each of these, so that
