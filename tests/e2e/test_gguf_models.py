@@ -40,12 +40,12 @@ NAMES = {
 }
 
 
-def build(architecture: str, tied: bool) -> PreTrainedModel:
+def build(architecture: str, tied: bool, **sizes: int) -> PreTrainedModel:
     torch.manual_seed(4)
     if architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes, tie_word_embeddings=tied))
     else:
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES | sizes, tie_word_embeddings=tied))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 + (1.0 if "norm" in name else 0.0))
@@ -66,8 +66,9 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
-def write(path: Path, model: PreTrainedModel, architecture: str, kind: Type) -> None:
-    """Writes the model, and gives it the weights that the file holds, dequantised by the gguf package."""
+def write(path: Path, model: PreTrainedModel, architecture: str, *kinds: Type) -> None:
+    """Writes the model, its matrices in `kinds` by turns, and gives it the weights that the file holds, dequantised by
+    the gguf package."""
     writer = gguf.GGUFWriter(str(path), architecture)
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
@@ -81,31 +82,71 @@ def write(path: Path, model: PreTrainedModel, architecture: str, kind: Type) -> 
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)
     tied = config.tie_word_embeddings
-    for name, weight in model.state_dict().items():
+    for index, (name, weight) in enumerate(model.state_dict().items()):
         if tied and name.startswith("lm_head"):
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        used = kind if weight.ndim == 2 else Type.F32
-        packed = gguf.quants.quantize(weight.numpy(), used)
+        used = kinds[index % len(kinds)] if weight.ndim == 2 else Type.F32
+        if used in BLOCKS:
+            packed = random_blocks(tuple(weight.shape), used, index)
+        else:
+            packed = gguf.quants.quantize(weight.numpy(), used)
         weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, used).astype(np.float32)))
-        stored = weight.numpy()
-        if architecture == "llama" and heads:
-            packed = gguf.quants.quantize(interleave(stored, heads), used)
-            assert np.array_equal(gguf.quants.dequantize(packed, used), interleave(stored, heads))
-        writer.add_tensor(gguf_name(name), packed, raw_dtype=used)
+        # Rows are packed one by one, so packed rows are put in the order of the file.
+        stored = interleave(packed, heads) if architecture == "llama" and heads else packed
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda k: k.name)
+KINDS = (Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0)
+# The K types, which the package reads but does not write: bytes a block, and where its float16 scales lie.
+BLOCKS = {
+    Type.Q2_K: (84, (80, 82)),
+    Type.Q3_K: (110, (108,)),
+    Type.Q4_K: (144, (0, 2)),
+    Type.Q5_K: (176, (0, 2)),
+    Type.Q6_K: (210, (208,)),
+}
+LEVELS = {Type.Q2_K: 1.5 * 8, Type.Q3_K: 2 * 16, Type.Q4_K: 8 * 32, Type.Q5_K: 16 * 32, Type.Q6_K: 16 * 64}
+"""How far a weight of each type lies from zero, in scales."""
+
+
+def random_blocks(shape: tuple[int, ...], kind: Type, seed: int) -> np.ndarray:
+    """Random weights of about 0.3, packed: (rows, bytes)."""
+    size, places = BLOCKS[kind]
+    rng = np.random.default_rng(seed)
+    packed = rng.integers(0, 256, (shape[0], shape[1] // 256, size), dtype=np.uint8)
+    for place in places:
+        scales = rng.uniform(0.2, 0.4, packed.shape[:2]) / LEVELS[kind]
+        packed[..., place : place + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
+    return packed.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", False), ("qwen2", True)])
 def test_tokens_of_a_gguf_file(architecture: str, tied: bool, kind: Type, tmp_path: Path) -> None:
     model = build(architecture, tied)
     path = tmp_path / "model.gguf"
     with torch.no_grad():
         write(path, model, architecture, kind)
+    compare(path, model)
+
+
+@pytest.mark.parametrize("mixed", [[kind] for kind in BLOCKS] + [[Type.Q4_K, Type.Q6_K]], ids=lambda k: k[-1].name)
+def test_tokens_of_k_types(mixed: list[Type], tmp_path: Path) -> None:
+    """One type for every matrix, and two by turns, as Q4_K_M has them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    model = build("llama", False, **sizes)
+    path = tmp_path / "model.gguf"
+    with torch.no_grad():
+        write(path, model, "llama", *mixed)
+    compare(path, model)
+
+
+def compare(path: Path, model: PreTrainedModel) -> None:
     prompts = [[5, 17, 3, 80, 41], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
     with LLM(str(path), threads=1) as llm:
         answers = llm.generate(prompts, max_tokens=24)

@@ -50,6 +50,9 @@ LONG = {
     "long_factor": [2.0, 3.0, 5.5],
 }
 MOE = {"head_dim": 10, "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
+WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 32}
+"""Whole groups of the packed schemes."""
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _rope(**numbers: Any) -> dict[str, Any]:
@@ -102,6 +105,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3-seven-layers": (
+        "Gemma3",
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 7,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "gemma3-untied": ("Gemma3", {"head_dim": 6, "num_key_value_heads": 1, "tie_word_embeddings": False}),
     "phi3": ("Phi3", {"sliding_window": 5, "num_key_value_heads": 4}),
     "phi3-longrope": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 8}),
@@ -114,12 +130,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj-tied": ("GPTJ", {"rotary_dim": 2, "tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3Moe", MOE),
     "qwen3-moe-normalised": ("Qwen3Moe", {**MOE, "norm_topk_prob": True, "attention_bias": True}),
+    "qwen3-moe-wide": ("Qwen3Moe", {**MOE, **WIDE, "moe_intermediate_size": 32, "norm_topk_prob": True}),
     "qwen3-moe-steps": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
     "qwen3-moe-dense": (
         "Qwen3Moe",
         {**MOE, "mlp_only_layers": [0, 2], "use_sliding_window": True, "sliding_window": 4},
     ),
     "qwen3-moe-none": ("Qwen3Moe", {**MOE, "num_experts": 0}),
+    "qwen3": ("Qwen3", {"head_dim": 10}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 6, "tie_word_embeddings": True, **_rope(rope_theta=1e6)}),
+    "qwen3-windows": (
+        "Qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3-layer-types": (
+        "Qwen3",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": YARN,
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral-no-window": ("Mistral", {"sliding_window": None, "head_dim": 10, **_rope(rope_theta=1e6)}),
+    "mistral-tied": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "mixtral-window-tied": (
+        "Mixtral",
+        {**MIXTRAL, "sliding_window": 4, "head_dim": 10, "num_experts_per_tok": 3, "tie_word_embeddings": True},
+    ),
+    "mixtral-wide": ("Mixtral", {**MIXTRAL, **WIDE}),
+    "mixtral-one-of-one": ("Mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1}),
 }
 
 GPTJ_NAMES = {
@@ -187,6 +231,8 @@ def apply_rule(rule: WeightRule, tensors: Tensors) -> torch.Tensor:
     if rule.op == "split_rows":
         assert rule.rows is not None
         return tensor[rule.rows[0] : rule.rows[1]]
+    if rule.op == "take":
+        return tensor[rule.index] if rule.rows is None else tensor[rule.index, rule.rows[0] : rule.rows[1]]
     if rule.op == "permute_rope":
         return tensor[torch.from_numpy(rope_order(tensor.shape[0], rule.heads))]
     assert rule.op == "same"

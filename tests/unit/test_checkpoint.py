@@ -102,7 +102,6 @@ def test_what_is_no_model_says_why_and_what_is_allowed(tmp_path: Path, monkeypat
         ("empty", "'empty': the folder has no config.json; allowed"),
         ("holds", "no config.json; it holds 'x.gguf': name that file"),
         ("notes.txt", "'notes.txt': the file is not a .gguf"),
-        ("meta-llama/Llama-3.2-1B", "not a local folder, and Hub ids are not read yet"),
         ("", "got ''"),
         ("a\0b", r"got 'a\\x00b'"),
         ("x" * 5000, "File name too long"),
@@ -111,7 +110,7 @@ def test_what_is_no_model_says_why_and_what_is_allowed(tmp_path: Path, monkeypat
         with pytest.raises(ModelNotFound, match=words) as caught:
             locate(model)
         message = str(caught.value)
-        assert "allowed: 'demo', a folder with config.json, or a .gguf file" in message
+        assert "allowed: 'demo', a folder with config.json, a .gguf file, or a Hub id" in message
         assert "\n" not in message and len(message) < 450
 
 

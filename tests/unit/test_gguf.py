@@ -51,8 +51,8 @@ def write_library(path: Path, alignment: int = 32) -> dict[str, np.ndarray]:
     }
     for name, array in made.items():
         writer.add_tensor(name, array)
-    for kind in (Types.BF16, Types.Q4_0, Types.Q4_1, Types.Q8_0, Types.Q5_0):
-        made[kind.name] = gguf.quants.quantize(rng.standard_normal((4, 64)).astype(np.float32), kind)
+    for kind in (Types.BF16, Types.Q4_0, Types.Q4_1, Types.Q8_0, Types.Q5_0, Types.Q5_1, Types.TQ2_0):
+        made[kind.name] = gguf.quants.quantize(rng.standard_normal((4, 256)).astype(np.float32), kind)
         writer.add_tensor(kind.name, made[kind.name], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -69,14 +69,14 @@ def test_a_file_of_the_library(tmp_path: Path, alignment: int) -> None:
     assert file.nbytes == sum(array.nbytes for array in made.values())
     for name, array in made.items():
         quantised = name.isupper()
-        assert file.shape(name) == ((4, 64) if quantised else array.shape)
+        assert file.shape(name) == ((4, 256) if quantised else array.shape)
         kind = Types[file.type_name(name)]
         assert file.raw(name).tobytes() == array.tobytes()
         if kind.name in READ_TYPES:
             expected = gguf.quants.dequantize(array, kind) if quantised else array.astype(np.float32)
             assert np.array_equal(file.tensor(name).dequantise(), expected)
-    with pytest.raises(UnsupportedModel, match=r"'Q5_0' is Q5_0, supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0"):
-        file.tensor("Q5_0")
+    with pytest.raises(UnsupportedModel, match=r"'TQ2_0' is TQ2_0, supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1"):
+        file.tensor("TQ2_0")
     with pytest.raises(UnsupportedModel, match="'ids' is I32"):
         file.tensor("ids")
 

@@ -80,13 +80,13 @@ def test_same_is_the_checkpoints_own_tensor() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cat_and_split_rows_keep_the_scheme(scheme: str) -> None:
-    whole = packed(scheme, 6, 64)
+    whole = packed(scheme, 6, 256)
     checkpoint = Memory(whole=whole, top=whole.rows(0, 2), rest=whole.rows(2, 6))
     made = load(
         checkpoint,
-        WeightRule(("top", "rest"), "joined", (6, 64), op="cat_rows"),
-        WeightRule(("whole",), "cut", (3, 64), op="split_rows", rows=(1, 4)),
-        WeightRule(("whole",), "cut2", (2, 64), op="split_rows", rows=(4, 6)),
+        WeightRule(("top", "rest"), "joined", (6, 256), op="cat_rows"),
+        WeightRule(("whole",), "cut", (3, 256), op="split_rows", rows=(1, 4)),
+        WeightRule(("whole",), "cut2", (2, 256), op="split_rows", rows=(4, 6)),
     )
     assert {tensor.scheme for tensor in made.values()} == {scheme}
     assert made["joined"].dequantise().tobytes() == whole.dequantise().tobytes()
@@ -131,6 +131,41 @@ def test_transpose(scheme: str) -> None:
     made = one(Memory(w=tensor), WeightRule(("w",), "t", (5, 3), op="transpose"))
     assert made.scheme == scheme and made.shape == (5, 3)
     assert np.array_equal(made.dequantise(), tensor.dequantise().T)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_take_is_one_expert_and_stays_packed(scheme: str) -> None:
+    group = max(SCHEMES[scheme].group, 64)
+    whole = packed(scheme, 3, 4, group)
+    checkpoint = Memory(w=whole)
+    made = load(
+        checkpoint,
+        *(WeightRule(("w",), f"e{index}", (4, group), op="take", index=index) for index in range(3)),
+        WeightRule(("w",), "part", (3, group), op="take", index=2, rows=(1, 4)),
+    )
+    assert {tensor.scheme for tensor in made.values()} == {scheme}
+    assert all(np.shares_memory(made["e1"].planes[name], plane) for name, plane in whole.planes.items())
+    values = whole.dequantise()
+    assert all(np.array_equal(made[f"e{index}"].dequantise(), values[index]) for index in range(3))
+    assert np.array_equal(made["part"].dequantise(), values[2, 1:4])
+    assert made["part"].shape == (3, group)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "message"),
+    [
+        ((4, 6), WeightRule(("w",), "t", (6,), op="take"), r"number 0 is not inside w \(4, 6\)"),
+        ((2, 4, 6), WeightRule(("w",), "t", (4, 6), op="take", index=2), "number 2 is not inside"),
+        ((2, 4, 6), WeightRule(("w",), "t", (4, 6), op="take", index=-1), "number -1 is not inside"),
+        ((2, 4, 6), WeightRule(("w",), "t", (3, 6), op="take", rows=(2, 5)), "rows 2 to 5 are not inside"),
+        ((2, 4, 6), WeightRule(("w",), "t", (4, 5), op="take"), r"found \(4, 6\), needed \(4, 5\)"),
+    ],
+)
+def test_take_outside_of_the_source(shape: tuple[int, ...], rule: WeightRule, message: str) -> None:
+    checkpoint = Memory(w=numbers(*shape))
+    with pytest.raises(WeightsMismatch, match=message):
+        load(checkpoint, rule)
+    assert not checkpoint.read
 
 
 # ---------------------------------------------------------------- names

@@ -17,6 +17,8 @@ from headrace.core.spec import WeightRule
 from headrace.models.registry import ARCHITECTURES, MODEL_TYPES, Description, describe
 from tests.unit.models_cases import CASES, SIZES, apply_map, build, frequencies, old_spelling, run_spec, save
 
+ONE_WINDOW = ("Phi3ForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
+
 
 def ignorable(description: Description, name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in description.weight_map.ignorable)
@@ -92,7 +94,7 @@ def test_numbers_are_what_transformers_computed(case: str) -> None:
         assert layer.norms.pre_attn is not None
         eps = getattr(theirs.input_layernorm, "variance_epsilon", None) or theirs.input_layernorm.eps
         assert layer.norms.pre_attn.eps == eps
-        window = model.config.sliding_window if architecture == "Phi3ForCausalLM" else None
+        window = model.config.sliding_window if architecture in ONE_WINDOW else None
         assert attention.window == getattr(theirs.self_attn, "sliding_window", window)
         assert attention.rope is not None
         inv_freq, factor = frequencies(attention.rope, length=1)
@@ -111,6 +113,8 @@ def test_any_sizes(data: st.DataObject) -> None:
                 ("Llama", transformers.LlamaConfig),
                 ("Qwen2", transformers.Qwen2Config),
                 ("Phi3", transformers.Phi3Config),
+                ("Mistral", transformers.MistralConfig),
+                ("Qwen3", transformers.Qwen3Config),
             ]
         )
     )
@@ -124,8 +128,9 @@ def test_any_sizes(data: st.DataObject) -> None:
         "num_hidden_layers": data.draw(st.integers(1, 4)),
         "tie_word_embeddings": data.draw(st.booleans()),
     }
-    if family == "Llama":
+    if family in ("Llama", "Mistral", "Qwen3"):
         changes["head_dim"] = 2 * data.draw(st.integers(1, 9))
+    if family == "Llama":
         changes["attention_bias"], changes["mlp_bias"] = data.draw(st.booleans()), data.draw(st.booleans())
     config = config_class(**{**SIZES, **changes})
     with torch.device("meta"):

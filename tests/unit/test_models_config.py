@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.errors import CheckpointError, ModelError, UnsupportedModel
-from headrace.core.spec import RopeScaling
+from headrace.core.spec import AttentionSpec, RopeScaling, RopeSpec
 from headrace.models.config import ConfigReader, read_dtype
 from headrace.models.registry import ARCHITECTURES, describe
 from tests.unit.models_cases import LLAMA3, LONG, MOE, SIZES, YARN
@@ -66,6 +66,13 @@ BROKEN: list[tuple[Config, str, str]] = [
     (config_of("Qwen3Moe", num_experts_per_tok=5), "num_experts_per_tok", "5"),
     (config_of("Qwen3Moe", num_experts=60_000), "num_experts", "60000"),
     (config_of("Qwen3Moe", mlp_only_layers=[-1]), "mlp_only_layers", "[-1]"),
+    (config_of("Mixtral", num_experts_per_tok=9), "num_experts_per_tok", "9"),
+    (config_of("Mixtral", num_local_experts=60_000), "num_local_experts", "60000"),
+    (config_of("Mixtral", num_local_experts=0), "num_local_experts", "0"),
+    (config_of("Mistral", sliding_window=0), "sliding_window", "0"),
+    (config_of("Mistral", sliding_window="none"), "sliding_window", "'none'"),
+    (without("num_key_value_heads", "Mistral"), "num_key_value_heads", "missing"),
+    (without("num_key_value_heads", "Qwen3"), "num_key_value_heads", "missing"),
     (config_of("Qwen2", layer_types=["full_attention"]), "layer_types", "['full_attention']"),
     (config_of("Qwen2", layer_types=[1, 2, 3]), "layer_types", "[1, 2, 3]"),
     # rotary numbers
@@ -87,7 +94,6 @@ UNSUPPORTED: list[tuple[Config, str, str]] = [
     (config_of(hidden_act="quick_gelu"), "hidden_act", "'quick_gelu'"),
     (config_of(dtype="float8_e4m3fn"), "dtype", "'float8_e4m3fn'"),
     (config_of(torch_dtype="float64"), "torch_dtype", "'float64'"),
-    (config_of(quantization_config={"quant_method": "gptq"}), "quantization_config", "gptq"),
     (config_of(sliding_window=4096), "sliding_window", "4096"),
     (config_of(rope_interleaved=True), "rope_interleaved", "True"),
     (config_of(partial_rotary_factor=0.5), "partial_rotary_factor", "0.5"),
@@ -115,6 +121,21 @@ UNSUPPORTED: list[tuple[Config, str, str]] = [
         "linear",
     ),
     (config_of("GPTJ", rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling", "linear"),
+    (config_of("Mistral", attention_bias=True), "attention_bias", "True"),
+    (config_of("Mistral", mlp_bias=True), "mlp_bias", "True"),
+    (config_of("Mixtral", attention_bias=True), "attention_bias", "True"),
+    (config_of("Mixtral", norm_topk_prob=False), "norm_topk_prob", "False"),
+    (
+        config_of("Mistral", layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        "layer_types",
+        "full_attention",
+    ),
+    (
+        config_of("Mistral", sliding_window=None, layer_types=["sliding_attention"] * 3),
+        "sliding_window",
+        "None",
+    ),
+    (config_of("Qwen3", layer_types=["sliding_attention"] * 3), "sliding_window", "None"),
 ]
 
 
@@ -174,6 +195,31 @@ def test_nulls_are_absent() -> None:
     assert (attention.head_dim, attention.kv_heads, nulls.dtype) == (6, 4, None)
 
 
+def test_a_missing_key_is_the_default_of_the_architecture() -> None:
+    """Each of these defaults is not the one that Llama has (transformers 5.23, the configuration classes)."""
+
+    def attention(architecture: str, **changes: Any) -> AttentionSpec:
+        config = {key: value for key, value in config_of(architecture).items() if key not in ("num_key_value_heads",)}
+        config = {**config, "hidden_size": 64, "num_attention_heads": 32, **changes}
+        return describe(config, "hf", {}).spec.layers[0].attention
+
+    mistral, mixtral, qwen3 = attention("Mistral"), attention("Mixtral"), attention("Qwen3")
+    assert (mistral.kv_heads, mistral.window, mistral.rope) == (8, 4096, RopeSpec(2, 1e4))
+    assert (mixtral.kv_heads, mixtral.window, mixtral.rope) == (8, None, RopeSpec(2, 1e6))
+    assert (qwen3.kv_heads, qwen3.window, qwen3.rope) == (32, None, RopeSpec(128, 1e4))
+    # A null is another matter: as many as heads, the width over the heads, no window.
+    nulls = attention("Mistral", num_key_value_heads=None, sliding_window=None)
+    assert (nulls.kv_heads, nulls.window) == (32, None)
+    assert attention("Qwen3", head_dim=None).head_dim == 2
+
+
+def test_layer_types_of_mistral_may_repeat_the_window() -> None:
+    windowed = config_of("Mistral", sliding_window=5, layer_types=["sliding_attention"] * 3)
+    assert describe(windowed, "hf", {}) == describe(config_of("Mistral", sliding_window=5), "hf", {})
+    full = config_of("Mistral", sliding_window=None, layer_types=["full_attention"] * 3)
+    assert describe(full, "hf", {}) == describe(config_of("Mistral", sliding_window=None), "hf", {})
+
+
 def test_both_spellings_that_agree() -> None:
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     both = describe(
@@ -228,6 +274,9 @@ KEYS = [
     "mlp_only_layers",
     "decoder_sparse_step",
     "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
     "rotary_dim",
     "n_inner",
     "query_pre_attn_scalar",

@@ -33,6 +33,7 @@ LLAMA: Metadata = {
 QWEN2: Metadata = {key.replace("llama", "qwen2"): value for key, value in LLAMA.items()} | {
     "general.architecture": "qwen2"
 }
+MIXTRAL = {"llama.expert_count": 4, "llama.expert_used_count": 2}
 UNTIED = {"token_embd.weight": (37, 24), "output.weight": (37, 24)}
 
 GGUF_NAMES = (
@@ -155,7 +156,7 @@ def test_old_rotary_tables_may_be_left_over() -> None:
     [
         ({"general.architecture": None}, CheckpointError, "general.architecture"),
         ({"general.architecture": 7}, CheckpointError, "general.architecture"),
-        ({"general.architecture": "bert"}, UnsupportedModel, "'bert', allowed: llama, qwen2"),
+        ({"general.architecture": "bert"}, UnsupportedModel, "'bert', allowed: llama, mistral3, qwen2"),
         ({"llama.embedding_length": None}, CheckpointError, "llama.embedding_length"),
         ({"llama.context_length": None}, CheckpointError, "llama.context_length"),
         ({"llama.block_count": 10_001}, CheckpointError, "llama.block_count"),
@@ -167,7 +168,15 @@ def test_old_rotary_tables_may_be_left_over() -> None:
         ({"llama.attention.value_length": 8}, UnsupportedModel, "llama.attention.value_length"),
         ({"llama.attention.causal": False}, UnsupportedModel, "llama.attention.causal"),
         ({"llama.attention.sliding_window": 4096}, UnsupportedModel, "llama.attention.sliding_window"),
-        ({"llama.expert_count": 8}, UnsupportedModel, "llama.expert_count"),
+        ({"llama.expert_count": 8}, CheckpointError, "llama.expert_used_count"),
+        ({**MIXTRAL, "llama.expert_used_count": 9}, CheckpointError, "llama.expert_used_count"),
+        ({**MIXTRAL, "llama.expert_count": 60_000}, CheckpointError, "num_local_experts"),
+        ({**MIXTRAL, "llama.expert_count": -1}, CheckpointError, "llama.expert_count"),
+        ({**MIXTRAL, "llama.expert_weights_norm": False}, UnsupportedModel, "llama.expert_weights_norm"),
+        ({**MIXTRAL, "llama.expert_weights_scale": 2.5}, UnsupportedModel, "llama.expert_weights_scale"),
+        ({**MIXTRAL, "llama.expert_gating_func": 2}, UnsupportedModel, "llama.expert_gating_func"),
+        ({**MIXTRAL, "llama.expert_feed_forward_length": 7}, UnsupportedModel, "llama.expert_feed_forward_length"),
+        ({**MIXTRAL, "llama.expert_shared_count": 1}, UnsupportedModel, "llama.expert_shared_count"),
         ({"llama.logit_scale": 0.5}, UnsupportedModel, "llama.logit_scale"),
         ({"llama.rope.dimension_count": 4}, UnsupportedModel, "llama.rope.dimension_count"),
         ({"llama.rope.scaling.type": "longrope"}, UnsupportedModel, "llama.rope.scaling.type"),
@@ -189,12 +198,6 @@ def test_no_vocabulary_size_at_all(shapes: dict[str, tuple[int, ...]]) -> None:
     metadata = {key: value for key, value in LLAMA.items() if key != "llama.vocab_size"}
     with pytest.raises(CheckpointError, match=r"llama\.vocab_size"):
         describe(metadata, "gguf", shapes)
-
-
-@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
-def test_frequency_tensors_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=name):
-        describe(LLAMA, "gguf", {**UNTIED, name: (3,)})
 
 
 def test_inert_keys_are_ignored() -> None:

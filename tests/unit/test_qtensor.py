@@ -33,7 +33,7 @@ def packed(scheme: str, shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
         return values.astype(kind.dtype["data"]).view(np.uint8).ravel()
     records = np.empty(int(np.prod(shape)) // kind.group, dtype=kind.dtype)
     for plane in kind.dtype.names or ():
-        if plane in ("d", "m"):
+        if plane in ("d", "m", "dmin"):
             records[plane] = rng.standard_normal(records.size).astype(np.float16)
         else:
             bytes_ = rng.integers(0, 256, records[plane].shape, dtype=np.uint8)
@@ -64,8 +64,8 @@ def same_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> bool
 @given(seed=st.integers(0, 2**32 - 1))
 def test_dequantise_is_ggmls_on_random_bytes(scheme: str, seed: int) -> None:
     # Every byte random, scales too: infinities and NaN come up by themselves.
-    shape = (3, 128)
-    size = 3 * 128 // SCHEMES[scheme].group * SCHEMES[scheme].group_bytes
+    shape = (3, 512)
+    size = 3 * 512 // SCHEMES[scheme].group * SCHEMES[scheme].group_bytes
     raw = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
     assert same_bits(QTensor.from_bytes(scheme, shape, raw).dequantise(), reference(scheme, raw, shape))
 
@@ -73,14 +73,15 @@ def test_dequantise_is_ggmls_on_random_bytes(scheme: str, seed: int) -> None:
 @pytest.mark.parametrize("scheme", GROUPED)
 def test_dequantise_is_ggmls_at_every_extreme_scale_and_value(scheme: str) -> None:
     kind = SCHEMES[scheme]
-    scales = [plane for plane in kind.dtype.names or () if plane != "q"]
+    scales = [plane for plane in kind.dtype.names or () if plane in ("d", "m", "dmin")]
     grid = np.stack(np.meshgrid(*[SCALES] * len(scales), np.arange(256, dtype=np.uint16)), axis=-1)
     grid = grid.reshape(-1, len(scales) + 1)
     records = np.empty(len(grid), dtype=kind.dtype)
     for index, plane in enumerate(scales):
         records[plane] = np.ascontiguousarray(grid[:, index]).view(np.float16)
-    records["q"] = grid[:, -1:].astype(np.uint8).view(kind.dtype["q"].base)
-    raw, shape = records.view(np.uint8), (len(grid), 32)
+    for plane in set(kind.dtype.names or ()) - set(scales):
+        records[plane] = grid[:, -1:].astype(np.uint8).view(kind.dtype[plane].base)
+    raw, shape = records.view(np.uint8), (len(grid), kind.group)
     assert same_bits(QTensor.from_bytes(scheme, shape, raw).dequantise(), reference(scheme, raw, shape))
 
 
@@ -122,14 +123,15 @@ def test_demo_tensor_is_ggmls(demo_path: Path, name: str, scheme: str) -> None:
 def test_cutting_and_joining_commute_with_dequantise(scheme: str, data: st.DataObject) -> None:
     num_rows, num_groups = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 4))
     step = SCHEMES[scheme].group
-    tensor = make(scheme, (num_rows, 32 * num_groups), data.draw(st.integers(0, 99)))
+    columns = max(step, 32) * num_groups
+    tensor = make(scheme, (num_rows, columns), data.draw(st.integers(0, 99)))
     values = tensor.dequantise()
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, num_rows)] * 2)))
     top, rest = tensor.rows(0, start), tensor.rows(start, num_rows)
     assert same_bits(tensor.rows(start, stop).dequantise(), values[start:stop])
     assert same_bits(QTensor.cat_rows([top, rest]).dequantise(), values)
     assert top.nbytes + rest.nbytes == tensor.nbytes == values.size // step * SCHEMES[scheme].group_bytes
-    left, right = sorted(data.draw(st.tuples(*[st.integers(0, 32 * num_groups // step)] * 2)))
+    left, right = sorted(data.draw(st.tuples(*[st.integers(0, columns // step)] * 2)))
     cut = tensor.cols(left * step, right * step)
     assert same_bits(cut.dequantise(), values[:, left * step : right * step])
     # A cut of a cut.
@@ -144,9 +146,9 @@ def test_cutting_and_joining_commute_with_dequantise(scheme: str, data: st.DataO
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cuts_are_views_and_from_bytes_copies_nothing(scheme: str) -> None:
-    raw = packed(scheme, (4, 64), 1)
-    tensor = QTensor.from_bytes(scheme, (4, 64), raw)
-    for part in (tensor, tensor.rows(1, 3), tensor.cols(32, 64)):
+    raw = packed(scheme, (4, 512), 1)
+    tensor = QTensor.from_bytes(scheme, (4, 512), raw)
+    for part in (tensor, tensor.rows(1, 3), tensor.cols(256, 512)):
         assert all(np.shares_memory(plane, raw) for plane in part.planes.values())
     taken = tensor.take_rows(np.array([0, 1]))
     assert not any(np.shares_memory(plane, raw) for plane in taken.planes.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BACKENDS = ("auto", "torch", "native")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -14,7 +14,7 @@ class EngineConfig:
     """Settings of one engine; None means: chosen for this model and machine, with a reason (`core.resolve`)."""
 
     model: str
-    """A Hugging Face-layout folder, a .gguf file, or `demo`."""
+    """A Hugging Face-layout folder, a .gguf file, a Hub id (org/name or org/name@revision), or `demo`."""
     backend: str = "auto"
     """What executes the model: auto, torch or native."""
     dtype: str = "auto"
@@ -35,6 +35,10 @@ class EngineConfig:
     """Size of the KV cache in MiB."""
     prefix_cache: bool = True
     """Reuse the KV blocks of prompts that begin alike."""
+    adapters: tuple[str, ...] | Mapping[str, str] = field(
+        default=(), metadata={"flag": "adapter", "metavar": "NAME=FOLDER"}
+    )
+    """A LoRA adapter that requests may choose by NAME; FOLDER is as peft saves it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Literal
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-MapOp = Literal["same", "cat_rows", "split_rows", "permute_rope", "transpose"]
+MapOp = Literal["same", "cat_rows", "split_rows", "permute_rope", "transpose", "take"]
 Shard = Literal["rows", "cols", "none"]
 
 
@@ -99,12 +99,14 @@ class LayerSpec:
     parallel: bool = False
     """Attention and MLP read the same normalised input and are added together (GPT-J)."""
     residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSpec:
     tied: bool
     scale: float = 1.0
+    """Rounded to the type that is computed in, then multiplied with what the table gives (Gemma)."""
     learned_positions: tuple[int, int] | None = None
     """(offset, count) of a learned position table, or None."""
 
@@ -113,7 +115,9 @@ class EmbeddingSpec:
 class HeadSpec:
     bias: bool = False
     softcap: float | None = None
+    """cap × tanh(x / cap), of the logits and, in AttentionSpec, of the scaled scores."""
     scale: float = 1.0
+    """Multiplies the logits, before the cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +145,11 @@ class WeightRule:
     op: MapOp = "same"
     shard: Shard = "none"
     rows: tuple[int, int] | None = None
-    """For split_rows: (start, stop) of the source's rows."""
+    """For split_rows and take: (start, stop) of the rows; None in take: all of them."""
     heads: int = 0
     """For permute_rope: number of heads whose rows are re-paired from interleaved to halves."""
+    index: int = 0
+    """For take: which (N, K) of an (E, N, K) source."""
 
 
 @dataclass(frozen=True, slots=True)

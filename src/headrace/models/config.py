@@ -84,7 +84,7 @@ class ConfigReader:
 
     def require(self, key: str, allowed: object) -> None:
         """Absent or equal to `allowed`: for values that would change the mathematics in a way no spec says."""
-        if self.has(key) and self._config[key] != allowed:
+        if self.has(key) and not (isinstance(self._config[key], str | int | float) and self._config[key] == allowed):
             self.unsupported(key, "absent" if allowed is None else f"absent or {allowed!r}")
 
     # ------------------------------------------------------------ numbers
@@ -211,14 +211,19 @@ class Sizes:
     context: int
 
 
-def read_sizes(config: ConfigReader, context: int) -> Sizes:
-    """The sizes under their usual names; `context` is the architecture's default of max_position_embeddings."""
+def read_sizes(
+    config: ConfigReader, context: int, *, kv_heads: int | None = None, head_dim: int | None = None
+) -> Sizes:
+    """The sizes under their usual names; the arguments are the architecture's defaults of max_position_embeddings,
+    and of num_key_value_heads and head_dim where the key is missing: a null means the number that the others give."""
     hidden = config.get_int("hidden_size")
     heads = config.get_int("num_attention_heads", high=MAX_HEADS)
-    kv_heads = config.get_int("num_key_value_heads", heads, high=MAX_HEADS)
+    if kv_heads is None or "num_key_value_heads" in config:
+        kv_heads = config.get_int("num_key_value_heads", heads, high=MAX_HEADS)
     if heads % kv_heads:
         config.bad("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    head_dim = config.find_int("head_dim", high=MAX_HEADS)
+    if head_dim is None or "head_dim" in config:
+        head_dim = config.find_int("head_dim", high=MAX_HEADS)
     if head_dim is None and hidden % heads:
         config.bad("hidden_size", f"a multiple of num_attention_heads ({heads}) where no head_dim is given")
     return Sizes(
@@ -232,7 +237,7 @@ def read_sizes(config: ConfigReader, context: int) -> Sizes:
     )
 
 
-def read_window(config: ConfigReader, default: int) -> int | None:
+def read_window(config: ConfigReader, default: int | None) -> int | None:
     """`sliding_window`: a null turns it off, only a missing key has the default."""
     return config.find_int("sliding_window") if "sliding_window" in config else default
 

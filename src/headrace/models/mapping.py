@@ -7,6 +7,7 @@ its outputs: q, k, v, gate and up are cut by rows, o and down by columns, whose 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from headrace.core.spec import AttentionSpec, LayerNorms, MlpSpec, ModelSpec, NormSpec, Shard, WeightMap, WeightRule
 from headrace.models import names
@@ -14,6 +15,18 @@ from headrace.models import names
 LLAMA_NORMS: Mapping[str, str] = {"pre_attn": "input_layernorm", "pre_mlp": "post_attention_layernorm"}
 """Our norm -> the checkpoint's; in Llama the second one stands before the MLP."""
 
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """How a checkpoint calls a layer's block of experts, and an expert's three weights."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+EXPERTS = ExpertNames()
 INV_FREQ = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 """A table older versions saved, and anyone can compute."""
 
@@ -55,22 +68,26 @@ def attention_output(source: str, target: str, spec: AttentionSpec, hidden: int)
     yield from linear(source, f"{target}.o", hidden, spec.heads * spec.head_dim, spec.o_bias, "cols")
 
 
-def gated_mlp(source: str, target: str, hidden: int, intermediate: int, bias: bool = False) -> Iterator[WeightRule]:
+def gated_mlp(
+    source: str, target: str, hidden: int, intermediate: int, bias: bool = False, spelled: ExpertNames = EXPERTS
+) -> Iterator[WeightRule]:
     """gate_proj, up_proj, down_proj."""
-    yield from linear(f"{source}.gate_proj", f"{target}.gate", intermediate, hidden, bias, "rows")
-    yield from linear(f"{source}.up_proj", f"{target}.up", intermediate, hidden, bias, "rows")
-    yield from linear(f"{source}.down_proj", f"{target}.down", hidden, intermediate, bias, "cols")
+    yield from linear(f"{source}.{spelled.gate}", f"{target}.gate", intermediate, hidden, bias, "rows")
+    yield from linear(f"{source}.{spelled.up}", f"{target}.up", intermediate, hidden, bias, "rows")
+    yield from linear(f"{source}.{spelled.down}", f"{target}.down", hidden, intermediate, bias, "cols")
 
 
-def mlp(source: str, target: str, spec: MlpSpec, hidden: int) -> Iterator[WeightRule]:
-    """A gated MLP, or a router (`gate`) and `experts.E`."""
+def mlp(source: str, target: str, spec: MlpSpec, hidden: int, spelled: ExpertNames = EXPERTS) -> Iterator[WeightRule]:
+    """Of the layer at `source`: a gated MLP, or a router (`gate`) and `experts.E`."""
     if spec.experts is None:
-        yield from gated_mlp(source, target, hidden, spec.intermediate, spec.bias)
+        yield from gated_mlp(f"{source}.mlp", target, hidden, spec.intermediate, spec.bias)
         return
-    yield from linear(f"{source}.gate", f"{target}.router", spec.experts.num_experts, hidden, False, "none")
+    block = f"{source}.{spelled.block}"
+    yield from linear(f"{block}.gate", f"{target}.router", spec.experts.num_experts, hidden, False, "none")
     for expert in range(spec.experts.num_experts):
         part = f"experts.{expert}"
-        yield from gated_mlp(f"{source}.{part}", f"{target}.{part}", hidden, spec.experts.intermediate)
+        inner = spec.experts.intermediate
+        yield from gated_mlp(f"{block}.{part}", f"{target}.{part}", hidden, inner, spelled=spelled)
 
 
 def norms(source: str, target: str, spec: LayerNorms, spelled: Mapping[str, str]) -> Iterator[WeightRule]:
@@ -94,12 +111,14 @@ def tied_head(spec: ModelSpec) -> tuple[str, ...]:
     return (r"lm_head\.weight",) if spec.embedding.tied else ()
 
 
-def llama_like_map(spec: ModelSpec, spelled_norms: Mapping[str, str] = LLAMA_NORMS) -> WeightMap:
+def llama_like_map(
+    spec: ModelSpec, spelled_norms: Mapping[str, str] = LLAMA_NORMS, spelled_experts: ExpertNames = EXPERTS
+) -> WeightMap:
     """The names that Llama gave the world: `model.layers.N.self_attn.q_proj.weight` …"""
     rules = [*ends(spec, "model.embed_tokens", "model.norm", "lm_head")]
     for index, layer in enumerate(spec.layers):
         source = f"model.layers.{index}"
         rules += attention(f"{source}.self_attn", names.layer(index, "attn"), layer.attention, spec.hidden_size)
-        rules += mlp(f"{source}.mlp", names.layer(index, "mlp"), layer.mlp, spec.hidden_size)
+        rules += mlp(source, names.layer(index, "mlp"), layer.mlp, spec.hidden_size, spelled_experts)
         rules += norms(source, names.layer(index, "norms"), layer.norms, spelled_norms)
     return WeightMap(tuple(rules), (INV_FREQ, *tied_head(spec)))

@@ -45,14 +45,14 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
         context=sizes.context,
         embedding=EmbeddingSpec(tied=config.get_bool("tie_word_embeddings", False)),
         layers=tuple(
-            LayerSpec(replace(attention, window=window), mlp, norms) for window in _windows(config, sizes.layers)
+            LayerSpec(replace(attention, window=window), mlp, norms) for window in read_windows(config, sizes.layers)
         ),
         final_norm=norm,
     )
     return spec, llama_like_map(spec)
 
 
-def _windows(config: ConfigReader, layers: int) -> tuple[int | None, ...]:
+def read_windows(config: ConfigReader, layers: int) -> tuple[int | None, ...]:
     """The window of each layer: by `layer_types`, or of the layers from `max_window_layers` on."""
     window = read_window(config, default=4096) if config.get_bool("use_sliding_window", False) else None
     full = config.get_int("max_window_layers", 28, low=0) if window is not None else layers

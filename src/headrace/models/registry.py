@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from headrace.core.errors import UnsupportedModel, shorten
 from headrace.core.spec import ModelSpec, WeightMap
-from headrace.models import gemma3, gguf, gptj, llama, phi3, qwen2, qwen3_moe
+from headrace.models import gemma3, gguf, gptj, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 from headrace.models.config import ConfigReader, read_architecture, read_dtype
+from headrace.models.experts import read_transformers_names
+from headrace.models.gguf_rope import ReadVector
 
+Shapes = Mapping[str, tuple[int, ...]]
 Describe = Callable[[ConfigReader], tuple[ModelSpec, WeightMap]]
 
 ARCHITECTURES: Mapping[str, Describe] = {
@@ -19,6 +22,9 @@ ARCHITECTURES: Mapping[str, Describe] = {
     "Phi3ForCausalLM": phi3.describe,
     "GPTJForCausalLM": gptj.describe,
     "Qwen3MoeForCausalLM": qwen3_moe.describe,
+    "MistralForCausalLM": mistral.describe,
+    "Qwen3ForCausalLM": qwen3.describe,
+    "MixtralForCausalLM": mixtral.describe,
 }
 
 MODEL_TYPES: Mapping[str, Describe] = {
@@ -28,6 +34,9 @@ MODEL_TYPES: Mapping[str, Describe] = {
     "phi3": phi3.describe,
     "gptj": gptj.describe,
     "qwen3_moe": qwen3_moe.describe,
+    "mistral": mistral.describe,
+    "qwen3": qwen3.describe,
+    "mixtral": mixtral.describe,
 }
 """For configs that name no architecture."""
 
@@ -40,34 +49,39 @@ class Description:
     weight_map: WeightMap
     dtype: str | None
     """float32, float16 or bfloat16 as the config says; None where it does not say, and for GGUF."""
+    adapter_map: WeightMap
+    """Of the architecture's Hugging Face checkpoints, whatever this one is: what LoRA adapters name, in that order of
+    rows."""
 
 
-def describe(config: Mapping[str, object], format: str, shapes: Mapping[str, tuple[int, ...]]) -> Description:
+def describe(
+    config: Mapping[str, object], format: str, shapes: Shapes, read_vector: ReadVector | None = None
+) -> Description:
     """`format` "hf": `config` is config.json; "gguf": the file's metadata, and the tensors present say what is tied.
 
-    `shapes`: by the checkpoint's own tensor names, (rows, columns).
+    `shapes`: by the checkpoint's own tensor names, (rows, columns). `read_vector`: `Checkpoint.vector`, for the few
+    numbers that GGUF keeps in tensors and not in the metadata; without it a file that has such numbers is refused.
     Raises UnsupportedModel for an architecture or a value headrace does not run, CheckpointError for a broken config.
     """
     if format == "hf":
-        return _describe_hf(ConfigReader(config, "config.json"))
+        return _describe_hf(ConfigReader(config, "config.json"), shapes)
     if format != "gguf":
         raise UnsupportedModel(f"format is {shorten(format)}, allowed: hf, gguf")
     metadata = ConfigReader(config, "GGUF metadata")
     name = metadata.find_str("general.architecture") or metadata.bad("general.architecture", "a name")
     _require_known(metadata, "general.architecture", name, gguf.ARCHITECTURES)
-    spec, weight_map = gguf.describe(metadata, name, shapes)
-    return Description(spec, weight_map, None)
+    spec, weight_map, adapter_map = gguf.describe(metadata, name, shapes, read_vector)
+    return Description(spec, weight_map, None, adapter_map)
 
 
-def _describe_hf(config: ConfigReader) -> Description:
+def _describe_hf(config: ConfigReader, shapes: Shapes) -> Description:
     name, known = read_architecture(config), ARCHITECTURES
     if name is None:
         name, known = config.find_str("model_type") or config.bad("model_type", "a name"), MODEL_TYPES
     _require_known(config, "architectures" if known is ARCHITECTURES else "model_type", name, known)
-    # Packed weights have other names and types than any map here.
-    config.require("quantization_config", None)
+    # A quantization_config changes no name and no shape: the checkpoint presents its packed weights as plain ones.
     spec, weight_map = known[name](config)
-    return Description(spec, weight_map, read_dtype(config))
+    return Description(spec, read_transformers_names(weight_map, shapes), read_dtype(config), weight_map)
 
 
 def _require_known(config: ConfigReader, key: str, name: str, known: Mapping[str, object]) -> None:

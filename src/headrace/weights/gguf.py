@@ -57,7 +57,8 @@ _TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         41: ("Q1_0", 128, 18),
     }
 )  # fmt: skip
-READ_TYPES = tuple(name for name, _, _ in _TYPES.values() if name.lower() in SCHEMES)
+_SCHEME_OF: Mapping[str, str] = MappingProxyType({name.upper(): name for name in SCHEMES})
+READ_TYPES = tuple(name for name, _, _ in _TYPES.values() if name in _SCHEME_OF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +223,11 @@ class GGUFFile:
     def tensor(self, name: str) -> QTensor:
         """A view of the file. Raises UnsupportedModel for a type that no scheme describes."""
         info = self._infos[name]
-        if info.type_name not in READ_TYPES:
+        if info.type_name not in _SCHEME_OF:
             raise UnsupportedModel(
                 f"{self._where}: tensor {shorten(name)} is {info.type_name}, supported: {', '.join(READ_TYPES)}"
             )
-        return QTensor.from_bytes(info.type_name.lower(), info.shape, self.raw(name))
+        return QTensor.from_bytes(_SCHEME_OF[info.type_name], info.shape, self.raw(name))
 
     def close(self) -> None:
         """Views already handed out stay valid; the memory goes with the last of them."""

@@ -27,7 +27,7 @@ def stream(checkpoint: Checkpoint, weight_map: WeightMap) -> Iterator[tuple[str,
     that the rule's operation cannot work on; ValueError on a rule that makes no sense.
     """
     shapes = checkpoint.shapes()
-    _check_names(shapes, weight_map)
+    _check_names(checkpoint, shapes, weight_map)
     for rule in weight_map.rules:
         _check_shape(rule, shapes)
     place = {name: index for index, name in enumerate(checkpoint.names())}
@@ -44,12 +44,14 @@ def rope_order(num_rows: int, heads: int) -> NDArray[np.intp]:
     return pairs.transpose(0, 2, 1).ravel()
 
 
-def _check_names(shapes: Shapes, weight_map: WeightMap) -> None:
+def _check_names(checkpoint: Checkpoint, shapes: Shapes, weight_map: WeightMap) -> None:
     used = {source for rule in weight_map.rules for source in rule.sources}
     missing = sorted(used - shapes.keys())
     patterns = [re.compile(pattern) for pattern in weight_map.ignorable]
     left_over = sorted(
-        name for name in shapes.keys() - used if not any(pattern.fullmatch(name) for pattern in patterns)
+        name
+        for name in shapes.keys() - used
+        if not any(pattern.fullmatch(name) for pattern in patterns) and not checkpoint.droppable(name)
     )
     targets = Counter(rule.target for rule in weight_map.rules)
     doubled = sorted(target for target, count in targets.items() if count > 1)
@@ -105,7 +107,18 @@ def _target_shape(rule: WeightRule, sources: Sequence[tuple[int, ...]]) -> tuple
         if first[0] % (2 * rule.heads):
             raise WeightsMismatch(f"{rule.target}: {first[0]} rows are not {rule.heads} heads of an even size")
         return first
+    if rule.op == "take":
+        return _taken_shape(rule, first)
     raise ValueError(f"{rule.target}: unknown operation {shorten(rule.op)}")
+
+
+def _taken_shape(rule: WeightRule, source: tuple[int, ...]) -> tuple[int, ...]:
+    if len(source) != 3 or not 0 <= rule.index < source[0]:
+        raise WeightsMismatch(f"{rule.target}: number {rule.index} is not inside {rule.sources[0]} {source}")
+    start, stop = rule.rows or (0, source[1])
+    if not 0 <= start <= stop <= source[1]:
+        raise WeightsMismatch(f"{rule.target}: rows {start} to {stop} are not inside {rule.sources[0]} {source}")
+    return (stop - start, source[2])
 
 
 def _apply(rule: WeightRule, checkpoint: Checkpoint) -> QTensor:
@@ -121,12 +134,23 @@ def _apply(rule: WeightRule, checkpoint: Checkpoint) -> QTensor:
             return first.take_rows(rope_order(first.shape[0], rule.heads))
         if rule.op == "transpose":
             return _transposed(first)
+        if rule.op == "take":
+            return _taken(first, rule.index, rule.rows)
     except ValueError as error:
         raise UnsupportedModel(f"{rule.target}: {rule.op} of {', '.join(rule.sources[:_SHOWN])}: {error}") from error
     return first
 
 
 def _transposed(tensor: QTensor) -> QTensor:
-    if SCHEMES[tensor.scheme].group > 1:
+    if "data" not in tensor.planes:
         raise ValueError(f"groups of {tensor.scheme} run along rows and cannot be transposed")
     return QTensor(tensor.scheme, tensor.shape[::-1], {"data": tensor.planes["data"].T})
+
+
+def _taken(tensor: QTensor, index: int, rows: tuple[int, int] | None) -> QTensor:
+    """Number `index` of an (E, N, K) tensor, or `rows` of it: a view, packed as it was."""
+    if tensor.scheme not in SCHEMES:
+        raise ValueError(f"{tensor.scheme} {tensor.shape} cannot be taken apart")
+    planes = {name: plane[index] for name, plane in tensor.planes.items()}
+    taken = QTensor(tensor.scheme, tensor.shape[1:], planes)
+    return taken if rows is None else taken.rows(*rows)

@@ -1,19 +1,24 @@
 """QTensor: a weight as its file holds it, and what it means (docs/CONTRACTS.md §3).
 
-`dequantise()` is the specification of every scheme; backends repack in private.
-Block layouts of the GGUF schemes: ggml's `block_q4_0`, `block_q4_1`, `block_q8_0`.
+`dequantise()` is the specification of every scheme; backends repack in private. `ggml.py` says what the blocks of GGUF
+files mean, `scaled.py` the numbers with a plane of scales that every other quantised checkpoint is read as.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.weights import ggml, scaled
+
 Array = NDArray[np.generic]
 Planes = Mapping[str, Array]
+Plane = tuple[str, str, tuple[int, ...]]
+"""Name, numpy dtype, shape within one group."""
 
 
 def _f32(planes: Planes) -> NDArray[np.float32]:
@@ -24,34 +29,14 @@ def _bf16(planes: Planes) -> NDArray[np.float32]:
     return np.left_shift(planes["data"].astype(np.uint32), np.uint32(16)).view(np.float32)
 
 
-def _nibbles(packed: Array) -> NDArray[np.uint8]:
-    """(…, 16) bytes -> (…, 32) values: the low nibbles are values 0–15, the high ones 16–31."""
-    bytes_ = packed.astype(np.uint8, copy=False)
-    return np.concatenate((bytes_ & np.uint8(0x0F), bytes_ >> np.uint8(4)), axis=-1)
-
-
-def _q4_0(planes: Planes) -> NDArray[np.float32]:
-    centred = _nibbles(planes["q"]).view(np.int8) - np.int8(8)
-    return centred.astype(np.float32) * planes["d"].astype(np.float32)[..., None]
-
-
-def _q4_1(planes: Planes) -> NDArray[np.float32]:
-    scaled = _nibbles(planes["q"]).astype(np.float32) * planes["d"].astype(np.float32)[..., None]
-    return scaled + planes["m"].astype(np.float32)[..., None]
-
-
-def _q8_0(planes: Planes) -> NDArray[np.float32]:
-    return planes["q"].astype(np.float32) * planes["d"].astype(np.float32)[..., None]
-
-
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How a row of weights is stored: groups of `group` weights along K, each a record of planes in file order."""
 
     name: str
     group: int
-    record: tuple[tuple[str, str, tuple[int, ...]], ...]
-    """(plane, numpy dtype, shape within one group); a group of 1 has the one plane `data`."""
+    record: tuple[Plane, ...]
+    """A group of 1 has the one plane `data`."""
     decode: Callable[[Planes], NDArray[np.float32]]
 
     @property
@@ -64,15 +49,28 @@ class Scheme:
         return self.dtype.itemsize
 
 
+_CHUNK = 1 << 20
+"""Values dequantised at once: what the steps in between take stays in the cache."""
+_D: Plane = ("d", "<f2", ())
+_M: Plane = ("m", "<f2", ())
+_DMIN: Plane = ("dmin", "<f2", ())
+
 SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("f32", 1, (("data", "<f4", ()),), _f32),
         Scheme("f16", 1, (("data", "<f2", ()),), _f32),
         Scheme("bf16", 1, (("data", "<u2", ()),), _bf16),
-        Scheme("q4_0", 32, (("d", "<f2", ()), ("q", "u1", (16,))), _q4_0),
-        Scheme("q4_1", 32, (("d", "<f2", ()), ("m", "<f2", ()), ("q", "u1", (16,))), _q4_1),
-        Scheme("q8_0", 32, (("d", "<f2", ()), ("q", "i1", (32,))), _q8_0),
+        Scheme("q4_0", 32, (_D, ("q", "u1", (16,))), ggml.q4_0),
+        Scheme("q4_1", 32, (_D, _M, ("q", "u1", (16,))), ggml.q4_1),
+        Scheme("q5_0", 32, (_D, ("h", "u1", (4,)), ("q", "u1", (16,))), ggml.q5_0),
+        Scheme("q5_1", 32, (_D, _M, ("h", "u1", (4,)), ("q", "u1", (16,))), ggml.q5_1),
+        Scheme("q8_0", 32, (_D, ("q", "i1", (32,))), ggml.q8_0),
+        Scheme("q2_K", 256, (("s", "u1", (16,)), ("q", "u1", (64,)), _D, _DMIN), ggml.q2_k),
+        Scheme("q3_K", 256, (("h", "u1", (32,)), ("q", "u1", (64,)), ("s", "u1", (12,)), _D), ggml.q3_k),
+        Scheme("q4_K", 256, (_D, _DMIN, ("s", "u1", (12,)), ("q", "u1", (128,))), ggml.q4_k),
+        Scheme("q5_K", 256, (_D, _DMIN, ("s", "u1", (12,)), ("h", "u1", (32,)), ("q", "u1", (128,))), ggml.q5_k),
+        Scheme("q6_K", 256, (("q", "u1", (128,)), ("h", "u1", (64,)), ("s", "i1", (16,)), _D), ggml.q6_k),
     )
 }
 
@@ -81,8 +79,8 @@ SCHEMES: Mapping[str, Scheme] = {
 class QTensor:
     """A tensor of shape (N, K) or (K,): numpy planes, row-major over N, groups along K.
 
-    Planes of a grouped scheme have shape (N, K / group, …); the plane of f32, f16 and bf16 has the tensor's shape.
-    They are views of a memory map wherever possible: read-only.
+    Planes of a GGUF scheme have shape (N, K / group, …); the plane of f32, f16 and bf16 has the tensor's shape; those
+    of int4, int8 and fp8 are described in `scaled.py`. They are views of a memory map wherever possible: read-only.
     """
 
     scheme: str
@@ -118,6 +116,13 @@ class QTensor:
         return cls(scheme, shape, {name: records[name] for name, _, _ in kind.record})
 
     @property
+    def group(self) -> int:
+        """Columns that share what scales them; 1 for plain numbers."""
+        if self.scheme in SCHEMES:
+            return SCHEMES[self.scheme].group
+        return int(self.shape[-1] // max(1, self.planes["s"].shape[-1]))
+
+    @property
     def nbytes(self) -> int:
         return sum(plane.nbytes for plane in self.planes.values())
 
@@ -138,14 +143,17 @@ class QTensor:
 
         Raises ValueError unless both fall between groups and inside it.
         """
-        group = SCHEMES[self.scheme].group
-        if len(self.shape) != 2 or start % group or stop % group:
+        group = self.group
+        if len(self.shape) != 2 or not group or start % group or stop % group:
             raise ValueError(
                 f"columns {start}:{stop} of {self.scheme} {self.shape} do not fall between groups of {group}"
             )
         if not 0 <= start <= stop <= self.shape[1]:
             raise ValueError(f"columns {start}:{stop} are not inside the {self.shape[1]} of {self.scheme} {self.shape}")
-        return self._map(lambda plane: plane[:, start // group : stop // group], (self.shape[0], stop - start))
+        shape = (self.shape[0], stop - start)
+        if self.scheme not in SCHEMES:
+            return QTensor(self.scheme, shape, scaled.columns(self.scheme, self.planes, start, stop, group))
+        return self._map(lambda plane: plane[:, start // group : stop // group], shape)
 
     @staticmethod
     def cat_rows(parts: Sequence[QTensor]) -> QTensor:
@@ -156,20 +164,39 @@ class QTensor:
         if any(part.scheme != first.scheme or part.shape[1:] != first.shape[1:] for part in parts):
             found = ", ".join(f"{part.scheme} {part.shape}" for part in parts)
             raise ValueError(f"parts of different schemes or row lengths cannot be joined: {found}")
-        planes = {name: np.concatenate([part.planes[name] for part in parts]) for name in first.planes}
+        if first.scheme not in SCHEMES and not all(scaled.can_join(first.planes, part.planes) for part in parts):
+            raise ValueError(f"parts of {first.scheme} with different groups, types or column orders cannot be joined")
+        planes = {
+            name: plane if name == scaled.ORDER else np.concatenate([part.planes[name] for part in parts])
+            for name, plane in first.planes.items()
+        }
         return QTensor(first.scheme, (sum(part.shape[0] for part in parts), *first.shape[1:]), planes)
 
     def dequantise(self) -> NDArray[np.float32]:
-        """The float32 values, in `shape`. Exact for every scheme: one rounding a multiplication, one an addition.
+        """The float32 values, in `shape`. Exact for every scheme: one rounding a multiplication, one an addition, and
+        for int4, int8 and fp8 one to the type of their scales.
 
         A view, read-only, where the tensor is f32. A scale that is infinite or not a number gives such values.
         """
-        with np.errstate(invalid="ignore"):
+        width = math.prod(self.shape[1:])
+        if self.scheme == "f32" or len(self.shape) < 2 or self.shape[0] * width <= _CHUNK:
+            return self._decode()
+        values = np.empty(self.shape, np.float32)
+        step = max(1, _CHUNK // width)
+        for start in range(0, self.shape[0], step):
+            values[start : start + step] = self.rows(start, min(start + step, self.shape[0]))._decode()
+        return values
+
+    def _decode(self) -> NDArray[np.float32]:
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.scheme not in SCHEMES:
+                return scaled.decode(self.scheme, self.planes)
             return SCHEMES[self.scheme].decode(self.planes).reshape(self.shape)
 
     def _require_rows(self) -> None:
-        if not self.shape or (len(self.shape) == 1 and SCHEMES[self.scheme].group > 1):
+        if not self.shape or (len(self.shape) == 1 and self.group > 1):
             raise ValueError(f"{self.scheme} {self.shape} has no rows that can be told apart")
 
     def _map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> QTensor:
-        return QTensor(self.scheme, shape, {name: change(plane) for name, plane in self.planes.items()})
+        planes = {name: plane if name == scaled.ORDER else change(plane) for name, plane in self.planes.items()}
+        return QTensor(self.scheme, shape, planes)
