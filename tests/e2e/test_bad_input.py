@@ -78,7 +78,7 @@ def truncated(path: Path) -> None:
 
 MODELS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "missing": ("no such folder or file", lambda p: str(p / "nowhere")),
-    "hub id": ("Hub ids are not read yet", lambda p: "someone/something"),
+    "hub id": ("the cache has no whole copy", lambda p: "someone/something"),
     "empty folder": ("no config.json", lambda p: str(p)),
     "not a model file": ("not a .gguf", lambda p: write(p / "notes.txt", b"hello")),
     "wrong magic": ("magic", lambda p: write(p / "m.gguf", b"GGML" + bytes(100))),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from headrace.backends.base import Backend, BackendOptions
+from headrace.core.spec import ModelSpec, WeightMap
 from headrace.models.registry import describe
 from headrace.parallel.mesh import Mesh
 from headrace.testing.checkpoints import tiny_checkpoint
@@ -93,16 +94,27 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def open_driver(backend_name: str) -> Iterator[Callable[..., Driver]]:
-    """Loads a checkpoint into a new backend, and closes it in the end. `change` may alter the tensors on their way."""
+    """Loads a checkpoint into a new backend, and closes it in the end. `change` may alter the tensors on their way;
+    `read` makes spec and weight map out of the config, in place of the registry."""
     opened: list[Backend] = []
 
-    def open_one(path: Path, *, change: Callable[[Any], Any] = lambda tensors: tensors, **options: Any) -> Driver:
+    def open_one(
+        path: Path,
+        *,
+        change: Callable[[Any], Any] = lambda tensors: tensors,
+        read: Callable[[Any], tuple[ModelSpec, WeightMap]] | None = None,
+        **options: Any,
+    ) -> Driver:
         source = open_checkpoint(path)
-        description = describe(source.config, source.format, source.shapes())
+        if read is None:
+            description = describe(source.config, source.format, source.shapes())
+            spec, weight_map = description.spec, description.weight_map
+        else:
+            spec, weight_map = read(source.config)
         backend = create_backend(backend_name)
         opened.append(backend)
-        tensors = change(stream(source, description.weight_map))
-        capacity = backend.load(description.spec, tensors, BackendOptions(**(SIZES | options)), Mesh())
+        tensors = change(stream(source, weight_map))
+        capacity = backend.load(spec, tensors, BackendOptions(**(SIZES | options)), Mesh())
         return Driver(backend, capacity)
 
     yield open_one

@@ -8,6 +8,7 @@ from headrace.core.types import Admit, Capacity, RowStep, SamplingParams, StepPl
 from headrace.testing.conformance import BackendConformance
 from headrace.testing.driver import Driver
 from headrace.testing.fake import FakeBackend, LawViolation, answer, next_token
+from headrace.weights.lora import Adapter
 
 CAPACITY = Capacity(blocks=64, block_size=8, max_rows=8, max_tokens=64)
 
@@ -20,6 +21,9 @@ class TestFakeBackend(BackendConformance):
         backend = FakeBackend(self.vocab_size, request.param, poison=frozenset({self.poison_id}))
         return Driver(backend, backend.open(CAPACITY))
 
+    def adapter(self, name: str) -> Adapter:
+        return Adapter(name, {})
+
 
 def test_its_tokens_by_hand() -> None:
     """(((0·31 + 3·7 + 1)·31 + 5·7 + 2) mod 8191) mod 61"""
@@ -27,6 +31,8 @@ def test_its_tokens_by_hand() -> None:
     assert answer([3, 5], 61, 2) == [48, next_token([3, 5, 48], 61)]
     assert answer([3, 5], 61, 9, frozenset({48})) == [48]
     assert answer([3, 5], 61, 1, frozenset({48}), min_tokens=1) == [49]
+    begun = 97 * 7 + 1  # the byte of "a"
+    assert next_token([3], 61, "a") == (begun * 31 + 3 * 7 + 1) % 8191 % 61 == answer([3], 61, 1, adapter="a")[0]
 
 
 def plan(step: int, *rows: RowStep, admit: tuple[Admit, ...] = (), release: tuple[int, ...] = ()) -> StepPlan:
@@ -81,3 +87,16 @@ def test_more_plans_than_its_depth() -> None:
     backend.submit(plan(0, RowStep(0, 0, 1, new_blocks=(0,), sample=True), admit=(admit(0, 1),)))
     with pytest.raises(LawViolation, match="in flight"):
         backend.submit(plan(1, RowStep(0, 1, 1)))
+
+
+def test_a_block_of_another_adapter_is_noticed() -> None:
+    backend = FakeBackend(61)
+    backend.open(CAPACITY)
+    backend.load_adapter(Adapter("a", {}))
+    driver = Driver(backend, CAPACITY)
+    prompt = list(range(20))
+    owner = driver.admit(prompt, adapter="a")
+    driver.prefill(owner, 20)
+    row = driver.admit(prompt, shared=driver.rows[owner].blocks[:2])
+    with pytest.raises(LawViolation, match="reads a slot"):
+        driver.run(driver.span(row, 4))

@@ -9,6 +9,7 @@ from typing import Protocol
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Capacity, StepPlan, StepResult
 from headrace.parallel.mesh import Mesh
+from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
 
@@ -42,6 +43,12 @@ class Backend(Protocol):
     ) -> Capacity:
         """Takes every tensor the model's weight map names, once. Raises ModelError or EngineError."""
 
+    def load_adapter(self, adapter: Adapter) -> None:
+        """A LoRA adapter, which rows may name from then on: after load(), before the first plan that names it.
+
+        Raises UnsupportedModel, WeightsMismatch or EngineError.
+        """
+
     def submit(self, plan: StepPlan) -> None:
         """Starts a plan; at most `depth` may be unanswered."""
 
@@ -55,7 +62,7 @@ class Backend(Protocol):
         """How a step runs: kernels, shapes and why they were chosen."""
 
     def memory(self) -> Mapping[str, int]:
-        """Bytes by use: weights, kv_cache, workspace."""
+        """Bytes by use: weights, adapters, kv_cache, workspace."""
 
     def close(self) -> None:
         """Gives everything back; further calls are errors."""

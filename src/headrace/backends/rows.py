@@ -47,6 +47,8 @@ class Batch:
     """[R] a span's first place in the P logits; it has `lengths` of them, or one, or none."""
     logit_counts: IntArray
     """[R]"""
+    adapters: tuple[str, ...]
+    """[R] names; empty: none"""
 
 
 @dataclass(slots=True)
@@ -138,6 +140,7 @@ class RequestTable:
             logit_positions=np.concatenate(places) if places else np.empty(0, np.int64),
             logit_starts=np.cumsum(counts) - counts,
             logit_counts=counts,
+            adapters=tuple(self.row(step.row).adapter for step in steps),
         )
 
     def append(self, index: int, tokens: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ MAX_REPEATS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_engine_flags(parser, leave_out=("policy", "prefix_cache"))
+    add_engine_flags(parser, leave_out=("policy", "prefix_cache", "adapters"))
     parser.add_argument(
         "--methods",
         metavar="LIST",

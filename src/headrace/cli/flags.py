@@ -36,7 +36,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ..
 
 
 def _add(group: argparse._ArgumentGroup, item: Field[Any], docs: Mapping[str, str]) -> None:
-    flag = "--" + item.name.replace("_", "-")
+    flag = "--" + item.metadata.get("flag", item.name).replace("_", "-")
     text = " ".join(docs[item.name].split()).replace("%", "%%")
     if item.default is False:
         group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
@@ -44,8 +44,9 @@ def _add(group: argparse._ArgumentGroup, item: Field[Any], docs: Mapping[str, st
         no_flag = "--no-" + item.name.replace("_", "-")
         turned = f"Do not {text[0].lower()}{text[1:]}"
         group.add_argument(no_flag, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=turned)
-    elif item.type == "tuple[str, ...]":
-        group.add_argument(flag, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text + " Repeatable.")
+    elif str(item.type).startswith("tuple[str, ...]"):
+        metavar, text = item.metadata.get("metavar", "TEXT"), text + " Repeatable."
+        group.add_argument(flag, dest=item.name, action="append", metavar=metavar, default=argparse.SUPPRESS, help=text)
     else:
         kind = TYPES[str(item.type)]
         metavar = {int: "N", float: "X", str: "NAME"}[kind]

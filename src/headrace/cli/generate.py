@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headrace.sched.scheduler import SchedulerStats
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+ADAPTER_KEY = "adapter"
 MAX_FILE_BYTES = 2**30
 
 
@@ -37,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-file",
         metavar="F.jsonl",
         help='One JSON object a line: {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with any '
-        "sampling field beside it.",
+        'sampling field and an "adapter" beside it.',
+    )
+    parser.add_argument(
+        "--use-adapter", metavar="NAME", default="", help="Which --adapter answers, where a line names none."
     )
     parser.add_argument("--json", action="store_true", help="One JSON object a request on stdout, and nothing else.")
     parser.add_argument("--stats", action="store_true", help="At the end, times and counts (with --json: an object).")
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [{"prompt": text} for text in arguments.prompt]
     if arguments.prompt_file is not None:
         lines += read_prompt_file(Path(arguments.prompt_file))
+    lines = [{ADAPTER_KEY: arguments.use_adapter, **line} for line in lines]
     if not lines:
         raise InvalidParameter("prompt", None, "at least one --prompt, or a --prompt-file that is not empty")
 
@@ -82,12 +87,15 @@ class Job:
         from headrace.sched.scheduler import SchedulerStats
 
         good: list[tuple[int, tuple[int, ...], SamplingParams]] = []
+        adapters: list[str] = []
         bad: list[Completion] = []
         for index, line in enumerate(self._lines):
             try:
                 prompt, sampling = parse_line(line, self._base)
-                token_ids = self._opened.requests(str(index), prompt, sampling)[0].token_ids
+                adapter = line.get(ADAPTER_KEY, "")
+                token_ids = self._opened.requests(str(index), prompt, sampling, adapter=adapter)[0].token_ids
                 good.append((index, token_ids, sampling))
+                adapters.append(adapter)
                 self._answers.append(sampling.n)
             except RequestError as error:
                 self._answers.append(1)
@@ -96,7 +104,7 @@ class Job:
         for completion in bad:
             self._show(completion)
         if good:
-            self._answer(good)
+            self._answer(good, adapters)
         elif self._stats:
             self._show_stats(SchedulerStats(), load_s=0.0, wall_s=0.0)
         if not self._failures:
@@ -105,7 +113,7 @@ class Job:
         print(f"headrace: error: {self._failures[0]}{more}", file=sys.stderr)
         return 1
 
-    def _answer(self, good: list[tuple[int, tuple[int, ...], SamplingParams]]) -> None:
+    def _answer(self, good: list[tuple[int, tuple[int, ...], SamplingParams]], adapters: list[str]) -> None:
         from dataclasses import replace
 
         from headrace.engine.llm import LLM
@@ -117,7 +125,7 @@ class Job:
             began_s = time.monotonic()
             shown = sys.stderr.isatty() and not (sys.stdout.isatty() and len(good) == 1)
             with progress_bar(sum(sampling.n for *_, sampling in good), shown) as advance:
-                for completion in llm.iterate([(token_ids, sampling) for _, token_ids, sampling in good]):
+                for completion in llm.iterate([(ids, sampling) for _, ids, sampling in good], adapters):
                     advance(completion)
                     self._show(replace(completion, index=good[completion.index][0]))
             if self._stats:
@@ -231,8 +239,8 @@ def parse_line(line: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[Prompt
         raise InvalidParameter("prompt", keys or sorted(line), "exactly one of " + ", ".join(PROMPT_KEYS))
     known = SamplingParams.__dataclass_fields__
     for name in line:
-        if name not in known and name not in PROMPT_KEYS:
-            raise InvalidParameter("field", name, ", ".join((*PROMPT_KEYS, *known)))
+        if name not in known and name not in (*PROMPT_KEYS, ADAPTER_KEY):
+            raise InvalidParameter("field", name, ", ".join((*PROMPT_KEYS, ADAPTER_KEY, *known)))
     prompt = line[keys[0]]
     if keys[0] == "prompt" and not isinstance(prompt, str):
         raise InvalidParameter("prompt", prompt, "a string")

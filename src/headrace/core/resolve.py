@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.core.adapters import parse_adapters
 from headrace.core.config import BACKENDS, DTYPES, EngineConfig, Hardware, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
 from headrace.core.sizing import blocks_for, kv_bytes_per_token
@@ -36,6 +37,7 @@ def check_config(config: EngineConfig) -> None:
             raise InvalidParameter(name, value, f"an integer from {low} to {high}")
     if not isinstance(config.prefix_cache, bool):
         raise InvalidParameter("prefix_cache", config.prefix_cache, "true or false")
+    parse_adapters(config.adapters)
 
 
 def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> ResolvedConfig:
@@ -51,7 +53,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     dtype = "float32" if config.dtype == "auto" else config.dtype
     choose("dtype", None if config.dtype == "auto" else dtype, dtype, "16-bit arithmetic is slower on most CPUs")
     threads = config.threads or hardware.cores
-    choose("threads", config.threads, threads, "one per CPU that this process may use")
+    choose("threads", config.threads, threads, "one per CPU that this process may use, and is given the time of")
 
     if config.max_model_len is not None and config.max_model_len > spec.context:
         raise ConfigError(f"max_model_len: got {config.max_model_len}, allowed: up to the model's {spec.context}")

@@ -1,48 +1,101 @@
-"""What this machine has, as far as the engine's choices depend on it. Linux; elsewhere the portable parts."""
+"""What this machine has, as far as the engine's choices depend on it. Linux; elsewhere the portable parts.
+
+Linux's own files are read below a root that tests can choose; a file that is missing or odd sets no limit.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from headrace.core.config import Hardware
 
+ROOT = Path("/")
 UNLIMITED = 1 << 60
 
 
-def _read_int(path: str) -> int | None:
+def read_text(path: Path) -> str | None:
     try:
-        text = Path(path).read_text(encoding="ascii").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None
 
 
-def _free_memory_bytes() -> int:
-    """MemAvailable, cut to what the control group (v2 or v1) still allows."""
+def as_int(text: str | None) -> int | None:
+    try:
+        return int(text or "")
+    except ValueError:
+        return None
+
+
+def control_groups(controller: str, root: Path = ROOT) -> Iterator[Path]:
+    """The folders of this process's control group and of those around it, version 2 or 1; outermost last."""
+    base = root / "sys/fs/cgroup"
+    for line in (read_text(root / "proc/self/cgroup") or "0::/").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            top = base
+        elif controller in controllers.split(","):
+            top = base / controller
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield top.joinpath(*parts[:depth])
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPUs' worth of time that the control groups allow; None: no limit."""
+    quotas = []
+    for folder in control_groups("cpu", root):
+        quota, _, period = (read_text(folder / "cpu.max") or "").partition(" ")
+        if not quota:
+            quota = read_text(folder / "cpu.cfs_quota_us") or ""
+            period = read_text(folder / "cpu.cfs_period_us") or ""
+        share, length = as_int(quota), as_int(period)
+        if share is not None and length is not None and share > 0 and length > 0:
+            quotas.append(share / length)
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = ROOT) -> tuple[int | None, int | None]:
+    """(the smallest limit of the control groups, the least that one of them still allows), bytes; None: no limit."""
+    limits, left = [], []
+    for folder in control_groups("memory", root):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = as_int(read_text(folder / limit_name)), as_int(read_text(folder / used_name))
+            if limit is not None and limit < UNLIMITED:
+                limits.append(limit)
+                left.append(max(0, limit - (used or 0)))
+    return min(limits, default=None), min(left, default=None)
+
+
+def _free_memory_bytes(root: Path) -> int:
+    """MemAvailable, cut to what the control groups still allow."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    pairs = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    )
-    for limit_path, used_path in pairs:
-        limit, used = _read_int(limit_path), _read_int(used_path)
-        if limit is not None and used is not None and limit < UNLIMITED:
-            free = min(free, max(0, limit - used))
-    return free
+    for line in (read_text(root / "proc/meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = 1024 * (as_int(line.split()[1]) or 0)
+    _, left = memory_limit(root)
+    return free if left is None else min(free, left)
 
 
-def probe_hardware() -> Hardware:
-    """CPUs this process may run on, and memory it can still take."""
+def probe_hardware(root: Path = ROOT) -> Hardware:
+    """CPUs this process may run on, or be given the time of, and memory it can still take."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes())
+    quota = cpu_quota(root)
+    if quota is not None:
+        # More threads than the quota pays for make each of them wait for the others.
+        cores = min(cores, max(1, math.floor(quota)))
+    return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes(root))
 
 
 def peak_rss_bytes() -> int:

@@ -24,7 +24,7 @@ __all__ = ["LLM", "Completion"]
 class LLM:
     """Loads a model at once and answers prompts in one running batch.
 
-    `model` is a Hugging Face-layout folder, a .gguf file or `demo`; the other settings are those of
+    `model` is a Hugging Face-layout folder, a .gguf file, a Hub id or `demo`; the other settings are those of
     `EngineConfig` by name. Use it in a `with`, or call `close()`. Calls from several threads take turns.
     Raises ModelError, ConfigError, InvalidParameter or EngineError.
     """
@@ -66,22 +66,25 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str] = "",
         progress: bool | None = None,
         **fields: Any,
     ) -> list[Completion]:
         """Answers one prompt or many, together, in the order given; of `n` answers to a prompt, one after the other.
 
         A prompt is text, a list of token ids, or a list of messages. `sampling` holds for all prompts, or is one
-        a prompt; its fields can be given by name instead. What is wrong with one prompt is the `error` of its
-        completion; the others are answered. `progress`: a bar on stderr (None: if that is a terminal).
+        a prompt; its fields can be given by name instead. `adapter` names the LoRA adapter that answers, for all or one
+        a prompt (empty: the model itself). What is wrong with one prompt is the `error` of its completion; the others
+        are answered. `progress`: a bar on stderr (None: if that is a terminal).
         Raises InvalidParameter for wrong sampling fields, EngineError if the engine has ended.
         """
         many = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
         each = sampling_for(len(many), sampling, fields)
+        adapters = adapters_for(len(many), adapter)
         shown = progress if progress is not None else sys.stderr.isatty()
         answers: list[Completion] = []
         with progress_bar(sum(one.n for one in each), shown) as advance:
-            for completion in self.iterate(list(zip(many, each, strict=True))):
+            for completion in self.iterate(list(zip(many, each, strict=True)), adapters):
                 answers.append(completion)
                 advance(completion)
         return sorted(answers, key=lambda answer: (answer.index, answer.choice))
@@ -91,20 +94,27 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str] = "",
         progress: bool | None = None,
         **fields: Any,
     ) -> list[Completion]:
         """Like `generate`, for one conversation or many: messages of the form {"role": …, "content": …}."""
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise InvalidParameter("messages", messages, "a list of messages, or a list of such lists")
-        return self.generate(cast("Sequence[Prompt]", messages), sampling, progress=progress, **fields)
+        prompts = cast("Sequence[Prompt]", messages)
+        return self.generate(prompts, sampling, adapter=adapter, progress=progress, **fields)
 
-    def iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]]) -> Iterator[Completion]:
-        """Answers (prompt, sampling) pairs; yields each completion as soon as it is whole, in any order."""
+    def iterate(
+        self, asked: Sequence[tuple[Prompt, SamplingParams]], adapters: Sequence[str] | None = None
+    ) -> Iterator[Completion]:
+        """Answers (prompt, sampling) pairs; yields each completion as soon as it is whole, in any order.
+
+        `adapters`: a name for each pair, as in `generate`; None: the model itself answers all.
+        """
         with self._lock:
-            yield from self._iterate(asked)
+            yield from self._iterate(asked, [""] * len(asked) if adapters is None else adapters)
 
-    def _iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]]) -> Iterator[Completion]:
+    def _iterate(self, asked: Sequence[tuple[Prompt, SamplingParams]], adapters: Sequence[str]) -> Iterator[Completion]:
         client = self._running_client()
         tokenizer = self._opened.tokenizer if self._opened.has_text else None
         live: dict[str, Answer] = {}
@@ -113,7 +123,7 @@ class LLM:
                 self._count += 1
                 now_s = time.monotonic()
                 try:
-                    requests = self._opened.requests(f"llm-{self._count}", prompt, sampling, now_s)
+                    requests = self._opened.requests(f"llm-{self._count}", prompt, sampling, now_s, adapters[index])
                 except RequestError as error:
                     yield from (refused(index, error, choice) for choice in range(sampling.n))
                     continue
@@ -145,7 +155,7 @@ class LLM:
         client, self._client = self._client, None
         if client is not None:
             client.close()
-            self._opened.checkpoint.close()
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -195,3 +205,12 @@ def sampling_for(
     if len(sampling) != count:
         raise InvalidParameter("sampling", f"{len(sampling)} for {count} prompts", "one for all, or one a prompt")
     return list(sampling)
+
+
+def adapters_for(count: int, adapter: str | Sequence[str]) -> list[str]:
+    """One adapter a prompt."""
+    if isinstance(adapter, str):
+        return [adapter] * count
+    if not isinstance(adapter, Sequence) or len(adapter) != count:
+        raise InvalidParameter("adapter", adapter, f"a name for all, or one for each of the {count} prompts")
+    return list(adapter)

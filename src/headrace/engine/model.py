@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import cast
 
 from headrace.backends.base import Backend, BackendOptions
+from headrace.core.adapters import parse_adapters
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, InvalidParameter, RequestError
 from headrace.core.resolve import check_config, resolve
@@ -29,6 +31,7 @@ from headrace.sched.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
 from headrace.weights.checkpoint import locate, open_checkpoint
 from headrace.weights.loader import stream
+from headrace.weights.lora import Adapter, read_adapter
 from headrace.weights.qtensor import QTensor
 
 Message = Mapping[str, object]
@@ -61,12 +64,16 @@ class OpenModel:
         check_config(config)
         parse_policy(config.policy)
         self.requested = config
-        self.checkpoint = open_checkpoint(locate(config.model))
-        description = describe(self.checkpoint.config, self.checkpoint.format, self.checkpoint.shapes())
+        self.checkpoint = checkpoint = open_checkpoint(locate(config.model))
+        description = describe(checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector)
         self.spec = description.spec
         self._weight_map = description.weight_map
         self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware())
-        self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len)
+        self.adapters: Mapping[str, Adapter] = {
+            name: read_adapter(name, Path(folder), self.spec, description.adapter_map)
+            for name, folder in parse_adapters(config.adapters).items()
+        }
+        self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len, frozenset(self.adapters))
 
     @cached_property
     def has_text(self) -> bool:
@@ -80,6 +87,12 @@ class OpenModel:
             where = "tokenizer.ggml.model" if self.checkpoint.format == "gguf" else "tokenizer.json"
             raise RequestError(f"this model has no tokenizer ({where} is missing): give prompt_token_ids, and no stop")
         return load_tokenizer(self.checkpoint)
+
+    def close(self) -> None:
+        """Gives the files back, and ends what the tokenizer runs. Idempotent."""
+        self.checkpoint.close()
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.close()
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -101,11 +114,16 @@ class OpenModel:
         return tuple(cast("Sequence[int]", prompt))
 
     def requests(
-        self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        arrival_s: float = 0.0,
+        adapter: str = "",
     ) -> tuple[Request, ...]:
         """The prompt as validated requests, one for each of its `n` answers; the ids of several get `/0`, `/1` …
 
-        Draws a seed where one will be used and none was given. Raises RequestError.
+        `adapter`: empty: the model itself. Draws a seed where one will be used and none was given. Raises RequestError.
         """
         token_ids = self.encode(prompt)
         if sampling.stop and not self.has_text:
@@ -114,15 +132,26 @@ class OpenModel:
             sampling = replace(sampling, bad_words_ids=(*sampling.bad_words_ids, *self._bad_words_ids(sampling)))
         each = children(sampling)
         ids = [request_id] if len(each) == 1 else [f"{request_id}/{i}" for i in range(len(each))]
-        found = tuple(Request(i, token_ids, one, arrival_s=arrival_s) for i, one in zip(ids, each, strict=True))
+        if not isinstance(adapter, str):
+            raise InvalidParameter("adapter", adapter, "a name")
+        found = tuple(
+            Request(i, token_ids, one, adapter=adapter, arrival_s=arrival_s) for i, one in zip(ids, each, strict=True)
+        )
         validate(found[0], self.limits)
         return found
 
-    def request(self, request_id: str, prompt: Prompt, sampling: SamplingParams, arrival_s: float = 0.0) -> Request:
+    def request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        arrival_s: float = 0.0,
+        adapter: str = "",
+    ) -> Request:
         """The prompt as one validated request. Raises RequestError, also where several answers are asked for."""
         if sampling.n != 1:
             raise InvalidParameter("n", sampling.n, "1, one answer")
-        return self.requests(request_id, prompt, sampling, arrival_s)[0]
+        return self.requests(request_id, prompt, sampling, arrival_s, adapter)[0]
 
     def _bad_words_ids(self, sampling: SamplingParams) -> Iterator[tuple[int, ...]]:
         """Each text as it is encoded at the start of an answer, and after a space."""
@@ -160,14 +189,17 @@ class OpenModel:
     def load_backend(
         self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
     ) -> tuple[Backend, Capacity]:
-        """A backend of its own with this model's weights. Raises ModelError or EngineError."""
+        """A backend of its own with this model's weights and adapters. Raises ModelError or EngineError."""
         # Names and shapes are compared here, before a backend is imported.
         tensors: Iterable[tuple[str, QTensor]] = stream(self.checkpoint, self._weight_map)
         if on_progress is not None:
             tensors = _counted(tensors, self.checkpoint.nbytes, on_progress)
         backend = create_backend(name)
         try:
-            return backend, backend.load(self.spec, tensors, options, Mesh())
+            capacity = backend.load(self.spec, tensors, options, Mesh())
+            for adapter in self.adapters.values():
+                backend.load_adapter(adapter)
+            return backend, capacity
         except BaseException:
             backend.close()
             raise

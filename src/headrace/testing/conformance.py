@@ -3,6 +3,7 @@
     class TestMyBackend(BackendConformance):
         @pytest.fixture
         def driver(self): ...          # a loaded backend: ≥ 48 blocks, ≥ 8 rows, ≥ 48 tokens a step
+        def adapter(self, name): ...   # a LoRA adapter for it, not the same for another name
         vocab_size = 61                # ids below it may be asked for
 
 The oracle is the backend itself, run in the plainest way: one request, one chunk, one token a step.
@@ -14,8 +15,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from headrace.core.errors import EngineError
 from headrace.core.types import RowOut, SamplingParams
 from headrace.testing.driver import Driver
+from headrace.weights.lora import Adapter
 
 
 class BackendConformance:
@@ -28,6 +31,10 @@ class BackendConformance:
     @pytest.fixture
     def driver(self) -> Driver:
         raise NotImplementedError("a conformance test needs its own `driver` fixture")
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter whose answers differ from the model's and from those of an adapter of another name."""
+        raise NotImplementedError("a conformance test needs its own `adapter`")
 
     def prompt(self, length: int, seed: int = 1) -> list[int]:
         """Token ids, the same for the same arguments, none of them `poison_id`."""
@@ -185,3 +192,37 @@ class BackendConformance:
         tokens += driver.run(driver.span(row, 1), driver.span(nurse, 3))[row].tokens
         tokens += driver.decode([row, nurse], 4)[row]
         assert tokens == expected
+
+    def test_adapters_beside_each_other_in_one_batch(self, driver: Driver) -> None:
+        prompt = self.prompt(9, 4)
+        plain = self.safe(driver.generate(prompt, 6))
+        for name in ("a", "b"):
+            driver.backend.load_adapter(self.adapter(name))
+        assert driver.generate(prompt, 6) == plain, "an adapter that is loaded changes nothing for who does not ask"
+        alone = {name: self.safe(driver.generate(prompt, 6, adapter=name)) for name in ("", "a", "b")}
+        assert len({tuple(tokens) for tokens in alone.values()}) == 3
+        assert driver.generate(prompt, 6, chunk=4, adapter="b") == alone["b"]
+        names = ("b", "", "a", "a", "", "b")
+        rows = [driver.admit(prompt, adapter=name) for name in names]
+        first = driver.run(driver.span(rows[0], 4, sample=False), *(driver.span(row, 9) for row in rows[2:]))
+        late = driver.run(driver.span(rows[0], 5), driver.span(rows[1], 9), *(driver.span(r, 1) for r in rows[2:]))
+        tokens = {row: [*first.get(row, RowOut(row)).tokens, *late[row].tokens] for row in rows}
+        for row, rest in driver.decode(rows, 4).items():
+            tokens[row] += rest
+        for row, name in zip(rows, names, strict=True):
+            assert tokens[row] == list(alone[name])[: len(tokens[row])]
+
+    def test_a_row_with_an_unknown_adapter_fails_alone(self, driver: Driver) -> None:
+        prompt = self.prompt(9, 2)
+        expected = list(self.safe(driver.generate(prompt, 3)))
+        row, lost = driver.admit(prompt), driver.admit(prompt, adapter="nobody")
+        outs = driver.run(driver.span(row, 9), driver.span(lost, 9))
+        failure = outs[lost].error
+        assert failure is not None and "nobody" in failure.message and outs[lost].tokens == ()
+        driver.release(lost)
+        assert [*outs[row].tokens, *driver.decode([row], 2)[row]] == expected
+
+    def test_an_adapter_is_loaded_once(self, driver: Driver) -> None:
+        driver.backend.load_adapter(self.adapter("a"))
+        with pytest.raises(EngineError, match="'a'"):
+            driver.backend.load_adapter(self.adapter("a"))

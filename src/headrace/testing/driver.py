@@ -45,13 +45,15 @@ class Driver:
         shared: Sequence[int] = (),
         stop_ids: frozenset[int] = frozenset(),
         row: int | None = None,
+        adapter: str = "",
     ) -> int:
         """A row for these tokens, from the next plan on. `shared`: blocks that already hold its beginning."""
         if row is None:
             row = next(r for r in range(self.capacity.max_rows) if r not in self.rows)
         prompt = len(token_ids) if num_prompt is None else num_prompt
         self.rows[row] = LiveRow(list(shared), prompt, len(shared) * self.capacity.block_size)
-        self._admits.append(Admit(row, tuple(token_ids), prompt, sampling or SamplingParams(), stop_ids))
+        asked = sampling or SamplingParams()
+        self._admits.append(Admit(row, tuple(token_ids), prompt, asked, stop_ids, adapter=adapter))
         return row
 
     def release(self, row: int, reuse: bool = True) -> LiveRow:
@@ -117,9 +119,12 @@ class Driver:
                 tokens[row] += out.tokens
         return tokens
 
-    def generate(self, token_ids: Sequence[int], count: int, chunk: int | None = None, **sampling: object) -> list[int]:
+    def generate(
+        self, token_ids: Sequence[int], count: int, chunk: int | None = None, adapter: str = "", **sampling: object
+    ) -> list[int]:
         """`count` tokens after a prompt, alone, in a row of its own that is given back."""
-        row = self.admit(token_ids, replace(SamplingParams(), **sampling))  # type: ignore[arg-type]
+        asked = replace(SamplingParams(), **sampling)  # type: ignore[arg-type]
+        row = self.admit(token_ids, asked, adapter=adapter)
         first = self.prefill(row, len(token_ids), chunk)
         if first.error is not None:
             raise AssertionError(str(first.error))

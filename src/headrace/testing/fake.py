@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from headrace.backends.base import BackendOptions
+from headrace.core.errors import EngineError, shorten
 from headrace.core.spec import ModelSpec
 from headrace.core.types import (
     Admit,
@@ -25,9 +26,14 @@ from headrace.core.types import (
     TokenLogprobs,
 )
 from headrace.parallel.mesh import Mesh
+from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
 MODULUS = 8191
+
+
+def unknown_adapter(name: str) -> RowError:
+    return RowError(EngineError.code, f"adapter {shorten(name)} is not loaded")
 
 
 class LawViolation(AssertionError):
@@ -39,17 +45,19 @@ def fold(state: int, position: int, token_id: int) -> int:
     return (state * 31 + token_id * 7 + position + 1) % MODULUS
 
 
-def next_token(token_ids: Iterable[int], vocab_size: int) -> int:
-    """The token that follows `token_ids`."""
+def next_token(token_ids: Iterable[int], vocab_size: int, adapter: str = "") -> int:
+    """The token that follows `token_ids`; an adapter's name is what the hash begins with."""
     state = 0
+    for place, byte in enumerate(adapter.encode()):
+        state = fold(state, place, byte)
     for position, token_id in enumerate(token_ids):
         state = fold(state, position, token_id)
     return state % vocab_size
 
 
-def prompt_score(token_ids: Iterable[int]) -> TokenLogprobs:
+def prompt_score(token_ids: Iterable[int], adapter: str = "") -> TokenLogprobs:
     """The log-probability that FakeBackend gives the prompt token after `token_ids`."""
-    return TokenLogprobs(-float(next_token(token_ids, MODULUS)))
+    return TokenLogprobs(-float(next_token(token_ids, MODULUS, adapter)))
 
 
 def _runs(sampling: SamplingParams) -> bool:
@@ -60,13 +68,18 @@ def _runs(sampling: SamplingParams) -> bool:
 
 
 def answer(
-    prompt: Iterable[int], vocab_size: int, count: int, stop_ids: frozenset[int] = frozenset(), min_tokens: int = 0
+    prompt: Iterable[int],
+    vocab_size: int,
+    count: int,
+    stop_ids: frozenset[int] = frozenset(),
+    min_tokens: int = 0,
+    adapter: str = "",
 ) -> list[int]:
     """The `count` tokens (fewer if one of `stop_ids` comes) that FakeBackend generates after `prompt`."""
     token_ids = list(prompt)
     output: list[int] = []
     while len(output) < count:
-        token = next_token(token_ids + output, vocab_size)
+        token = next_token(token_ids + output, vocab_size, adapter)
         while len(output) < min_tokens and token in stop_ids:
             token = (token + 1) % vocab_size
         output.append(token)
@@ -100,7 +113,9 @@ class FakeBackend:
         self._named: deque[tuple[int, frozenset[int]]] = deque()
         """(step, blocks it names) of unanswered plans."""
         self._last_step = -1
-        self._memory: list[tuple[int, int] | None] = []
+        self._memory: list[tuple[int, int, str] | None] = []
+        """Token, its position and the adapter it was computed with."""
+        self._adapters: set[str] = set()
 
     def load(
         self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
@@ -115,6 +130,12 @@ class FakeBackend:
         self._capacity = capacity
         self._memory = [None] * (capacity.blocks * capacity.block_size)
         return capacity
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """The name is all that counts. Raises EngineError if it is taken."""
+        if adapter.name in self._adapters:
+            raise EngineError(f"adapter {shorten(adapter.name)} is loaded already")
+        self._adapters.add(adapter.name)
 
     def submit(self, plan: StepPlan) -> None:
         self._check_plan(plan)
@@ -146,7 +167,7 @@ class FakeBackend:
         return "computed by hand"
 
     def memory(self) -> Mapping[str, int]:
-        return {"weights": 0, "kv_cache": 0, "workspace": 0}
+        return {"weights": 0, "adapters": 0, "kv_cache": 0, "workspace": 0}
 
     def close(self) -> None:
         self._rows.clear()
@@ -208,6 +229,8 @@ class FakeBackend:
         self._require(len(row.blocks) * size >= needed, f"{len(row.blocks)} blocks for {needed} tokens")
         if not _runs(admit.sampling) or step.mask or step.logits or admit.images:
             return RowOut(step.row, error=RowError("unsupported", "the fake backend decodes greedily, without extras"))
+        if admit.adapter and admit.adapter not in self._adapters:
+            return RowOut(step.row, error=unknown_adapter(admit.adapter))
         for position in range(step.start, stop):
             self._write(step.row, position, row.token_ids[position])
         row.computed = stop
@@ -230,14 +253,15 @@ class FakeBackend:
 
     def _scores(self, row: _Row, step: RowStep) -> tuple[TokenLogprobs, ...]:
         stop = min(step.start + step.length, row.admit.num_prompt - 1)
-        return tuple(prompt_score(self._read(row, position + 1)) for position in range(step.start, stop))
+        adapter = row.admit.adapter
+        return tuple(prompt_score(self._read(row, position + 1), adapter) for position in range(step.start, stop))
 
     def _write(self, index: int, position: int, token_id: int) -> None:
         size = self._capacity.block_size
         block = self._rows[index].blocks[position // size]
         for other, owner in self._rows.items():
             self._require(other == index or block not in owner.blocks, "writes into another row's block")
-        self._memory[block * size + position % size] = (token_id, position)
+        self._memory[block * size + position % size] = (token_id, position, self._rows[index].admit.adapter)
 
     def _read(self, row: _Row, stop: int) -> list[int]:
         """The tokens before `stop`, as the row's block table leads to them."""
@@ -245,7 +269,7 @@ class FakeBackend:
         found = []
         for position in range(stop):
             held = self._memory[row.blocks[position // size] * size + position % size]
-            if held is None or held[1] != position:
+            if held is None or held[1:] != (position, row.admit.adapter):
                 raise LawViolation(f"position {position} of row {row.admit.row} reads a slot that holds {held}")
             found.append(held[0])
         return found
@@ -255,7 +279,7 @@ class FakeBackend:
         return RowError("nan_logits", f"token {min(sick)} gives no finite logits") if sick else None
 
     def _next(self, row: _Row, stop: int) -> int:
-        token = next_token(self._read(row, stop), self.vocab_size)
+        token = next_token(self._read(row, stop), self.vocab_size, row.admit.adapter)
         while stop - row.admit.num_prompt < row.admit.sampling.min_tokens and token in row.admit.stop_ids:
             token = (token + 1) % self.vocab_size
         return token

@@ -38,6 +38,23 @@ class Tile:
     """Window -> (R, M, L), True where the query does not see the key; M: n × query heads a KV head, padded."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """A step's attention, for all layers that have the same heads."""
+
+    tiles: list[Tile]
+    places: Tensor
+    """Where the tokens' keys and values go in a layer's KV."""
+    mixed: Tensor
+    """(T, heads, head dim) What comes out: written by one layer after another, zero for the rows of padding."""
+
+
+def meeting(batch: Batch, like: AttentionSpec, windows: Sequence[int | None], store: KVStore, mixed: Tensor) -> Meeting:
+    """`like`: one of the layers; `windows`: those that occur among them; `mixed`: zeros."""
+    places = store.places(torch.from_numpy(batch.slots), like.kv_heads)
+    return Meeting(tiles(batch, like, windows, store), places, mixed)
+
+
 def tiles(batch: Batch, attention: AttentionSpec, windows: Sequence[int | None], store: KVStore) -> list[Tile]:
     """All queries of a step. `windows`: those that occur among the layers."""
     groups = [*_single_groups(batch, store.block_size), *_span_tiles(batch)]
@@ -55,7 +72,7 @@ def attend(tile: Tile, layer: int, spec: AttentionSpec, q_THD: Tensor, out_THD: 
     if padded > count:
         q = functional.pad(q, (0, 0, 0, padded - count))
     keys, values = (x.view(rows * heads, length, spec.head_dim) for x in store.gather(layer, tile.runs))
-    mixed = ops.attention(q, keys, values, hidden, spec.scale)[:, :count]
+    mixed = ops.attention(q, keys, values, hidden, spec.scale, spec.softcap)[:, :count]
     mixed = mixed.view(rows, heads, -1, per_head, spec.head_dim).transpose(1, 2)
     out_THD[tile.queries] = mixed.reshape(-1, spec.heads, spec.head_dim)
 

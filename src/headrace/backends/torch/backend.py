@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from headrace.core.errors import ConfigError, EngineError, NonFiniteLogits, OutO
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
 from headrace.parallel.mesh import Mesh
+from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -65,14 +67,15 @@ class TorchBackend:
         if options.dtype not in DTYPES:
             raise ConfigError(f"dtype: got {shorten(options.dtype)}, allowed: {', '.join(DTYPES)}")
         torch.set_num_threads(options.threads)
-        try:
+        with _memory_errors("loading: the weights and the KV cache do not fit in memory"):
             self._loaded = Loaded(spec, tensors, options)
-        except (MemoryError, RuntimeError) as error:
-            # torch's CPU allocator says so in a RuntimeError.
-            if isinstance(error, RuntimeError) and "alloc" not in str(error):
-                raise
-            raise OutOfMemory("loading: the weights and the KV cache do not fit in memory") from error
         return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Raises UnsupportedModel, WeightsMismatch, OutOfMemory; EngineError if its name is taken."""
+        loaded = self._require()
+        with _memory_errors(f"adapter {shorten(adapter.name)} does not fit in memory"):
+            loaded.decoder.load_adapter(adapter)
 
     def submit(self, plan: StepPlan) -> None:
         """Runs the plan here and now. Raises EngineError on a plan that breaks the protocol."""
@@ -121,6 +124,7 @@ class TorchBackend:
         loaded = self._require()
         return {
             "weights": loaded.decoder.weight_bytes,
+            "adapters": loaded.decoder.adapter_bytes,
             "kv_cache": loaded.store.nbytes,
             "workspace": 4 * loaded.options.max_rows * loaded.decoder.spec.vocab_size,
         }
@@ -164,6 +168,18 @@ class TorchBackend:
         first = step.start + step.length
         loaded.store.zero_slots(torch.from_numpy(loaded.table.slots(step.row, first, first + len(step.drafts))))
         return self._run(loaded, [replace(step, drafts=(), mask=_masks(step)[0])], seconds)[0]
+
+
+@contextmanager
+def _memory_errors(message: str) -> Iterator[None]:
+    """Raises OutOfMemory with this message where memory ends."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch's CPU allocator says so in a RuntimeError.
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        raise OutOfMemory(message) from error
 
 
 def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F32) -> list[RowOut]:

@@ -2,20 +2,19 @@
 
 Batch invariance: a row's bits depend on that row alone. Reductions (norms, softmax) work row by row. A matrix product
 picks its kernel by its shape: `row_multiple` says how many rows it must be given, and whoever calls `linear` pads.
-T: tokens, H: heads, N: batch of a product, M: query rows, L: keys, D: head dim, C: keys of a chunk.
+Elementwise operations that are not rounded exactly go through `activate`.
+T: tokens, H: heads, N: batch of a product, M: query rows, L: keys, D: head dim, C: keys of a chunk, E: experts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.core.errors import UnsupportedModel
-from headrace.core.spec import NormSpec, RopeSpec
+from headrace.core.spec import NormSpec
 
 KEY_CHUNK = 64
 """Keys in one product of probabilities and values; contexts are padded to a multiple of it."""
@@ -26,17 +25,14 @@ PACK_ROWS = 32
 QUERY_MULTIPLE = 4
 """Query rows of attention are padded to a multiple of it."""
 
+THREAD_SHARE = 32768
+"""torch gives each thread at least so many elements of most elementwise operations (its GRAIN_SIZE)."""
+
+LANES = 64
+"""Elements that a vector kernel of torch takes at a time, at most: two registers of 512 bits, two bytes an element."""
+
 VALUE_MULTIPLE = 8
 """Columns of values are padded to a multiple of it: with heads of 6 or 10 a row's bits showed its place."""
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-}
-
-ROPE_SCALINGS = frozenset({"linear", "llama3"})
 
 
 def row_multiple(threads: int) -> int:
@@ -58,11 +54,20 @@ def embed(token_ids_T: Tensor, weight_VH: Tensor) -> Tensor:
     return functional.embedding(token_ids_T, weight_VH)
 
 
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x × factor in place, the factor rounded to x's type first: in bfloat16 Gemma's √3072 is 55.5."""
+    return x.mul_(torch.tensor(factor, dtype=x.dtype))
+
+
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dimension; the statistics are float32."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dimension; the statistics are float32.
+
+    Where the spec has a unit offset, `weight` is float32 and holds 1 + the checkpoint's, and nothing is rounded before
+    it has been multiplied.
+    """
     if spec.kind == "rms":
-        normed = functional.rms_norm(x.float(), (spec.width,), None, spec.eps).to(x.dtype)
-        return normed * weight
+        normed = functional.rms_norm(x.float(), (spec.width,), None, spec.eps)
+        return (normed * weight).to(x.dtype) if spec.unit_offset else normed.to(x.dtype) * weight
     normed = functional.layer_norm(x.float(), (spec.width,), None, None, spec.eps)
     return (normed * weight + (0.0 if bias is None else bias)).to(x.dtype)
 
@@ -87,62 +92,62 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return functional.linear(x_TK, weight_NK, bias_N)
 
 
-def gated_mlp(gate_up: Tensor, activation: str) -> Tensor:
+def silu(x_TN: Tensor) -> Tensor:
+    """torch's own, cut so that each thread's share begins with a row; see `activate`."""
+    rows, width = x_TN.shape
+    threads = min(torch.get_num_threads(), -(-rows * width // THREAD_SHARE))
+    if rows % threads == 0:
+        return functional.silu(x_TN)
+    return torch.cat([functional.silu(part) for part in x_TN.split(THREAD_SHARE // width)])
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": functional.gelu,  # shares evenly among all threads, and rows are a multiple of these
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def activate(x_TN: Tensor, activation: str) -> Tensor:
+    """The activation of a product's rows, whose number is a multiple of `row_multiple`.
+
+    torch computes what is left over at the end of a thread's share, or of a row where rows lie apart, with another
+    formula than whole vectors (silu and gelu then differ in the last bit). So each share must begin with a row, and
+    rows that lie together must be whole vectors.
+    """
+    width = x_TN.shape[1]
+    if x_TN.is_contiguous() and width % LANES:
+        return ACTIVATIONS[activation](functional.pad(x_TN, (0, -width % LANES)))[:, :width]
+    return ACTIVATIONS[activation](x_TN)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
     """act(gate) × up, where the last dimension holds the gate and then the up projection."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+    return activate(gate, activation) * up
 
 
-# ---------------------------------------------------------------- rotary embedding
+def route(scores_TE: Tensor, count: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Each token's `count` likeliest experts, and what their answers are multiplied with (sum 1 if `normalise`)."""
+    weights, experts = torch.softmax(scores_TE, dim=-1, dtype=torch.float32).topk(count, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, experts
 
 
-def rope_frequencies(spec: RopeSpec) -> Tensor:
-    """Angle per position of each of the dim / 2 pairs, float32 (arXiv 2104.09864, §3.4.2; scaled as `spec` says)."""
-    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
-    inverse = 1.0 / spec.base**exponents
-    scaling = spec.scaling
-    if scaling is None:
-        return inverse
-    if scaling.kind not in ROPE_SCALINGS:
-        raise UnsupportedModel(f"rope.scaling: {scaling.kind}, this backend runs {', '.join(sorted(ROPE_SCALINGS))}")
-    factor = scaling.numbers["factor"]
-    if scaling.kind == "linear":
-        return inverse / factor
-    # Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are mixed.
-    context = scaling.numbers["original_context"]
-    low, high = scaling.numbers["low_freq_factor"], scaling.numbers["high_freq_factor"]
-    if high == low:  # no waves between
-        return torch.where(2 * math.pi / inverse > context / low, inverse / factor, inverse)
-    share = ((context * inverse / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - share) * inverse / factor + share * inverse
-
-
-def rope_table(spec: RopeSpec, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, (length, dim) each; sin carries the minus sign of each pair's first half."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(spec))
-    cos, sin = angles.cos(), angles.sin()
-    if spec.interleaved:
-        return cos.repeat_interleave(2, dim=-1).to(dtype), torch.stack((-sin, sin), dim=-1).flatten(-2).to(dtype)
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the first dimensions of each head, as many as the table has; the others pass."""
-    dim = cos_TD.shape[-1]
-    turned = x_THD[..., :dim]
-    if interleaved:
-        swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        swapped = torch.cat((turned[..., dim // 2 :], turned[..., : dim // 2]), dim=-1)
-    rotated = turned * cos_TD[:, None] + swapped * sin_TD[:, None]
-    return rotated if dim == x_THD.shape[-1] else torch.cat((rotated, x_THD[..., dim:]), dim=-1)
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap × tanh(x / cap), in float32."""
+    return x.float().div(cap).tanh_().mul_(cap)
 
 
 # ---------------------------------------------------------------- attention
 
 
-def attention(q_NMD: Tensor, k_NLD: Tensor, v_NLD: Tensor, hidden_RML: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ scale) v -> (N, M, D), in float32 where it counts.
+def attention(
+    q_NMD: Tensor, k_NLD: Tensor, v_NLD: Tensor, hidden_RML: Tensor, scale: float, cap: float | None = None
+) -> Tensor:
+    """softmax(q kᵀ scale) v -> (N, M, D), in float32 where it counts; `cap`: of the scores (Gemma 2).
 
     N = rows × KV heads; `hidden_RML` is True where a row's query does not see a key. Each query's bits depend on its
     visible keys alone if M is a multiple of QUERY_MULTIPLE, N is at least `batch_minimum`, L is a multiple of KEY_CHUNK
@@ -152,6 +157,8 @@ def attention(q_NMD: Tensor, k_NLD: Tensor, v_NLD: Tensor, hidden_RML: Tensor, s
     N, M, D = q_NMD.shape
     R, _, L = hidden_RML.shape
     scores_NML = torch.bmm(q_NMD, k_NLD.transpose(1, 2)).mul_(scale)
+    if cap is not None:
+        scores_NML = softcap(scores_NML, cap)
     scores_NML.view(R, -1, M, L).masked_fill_(hidden_RML[:, None], -torch.inf)
     weights_NML = torch.softmax(scores_NML, dim=-1, dtype=torch.float32).to(v_NLD.dtype)
     width = D + -D % VALUE_MULTIPLE

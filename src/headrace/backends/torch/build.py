@@ -1,0 +1,143 @@
+"""From a ModelSpec to its layers: what is refused, what the layers share, and which part each field becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from headrace.backends.torch import ops
+from headrace.backends.torch.layers import Attention, GatedMlp, Mlp, Parallel, PlainMlp, Sequential, after, as_is
+from headrace.backends.torch.moe import Experts
+from headrace.backends.torch.parameters import Linear, Norm, Slots
+from headrace.backends.torch.rope import SCALINGS
+from headrace.core.errors import UnsupportedModel
+from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from headrace.models.names import layer as name_in_layer
+
+
+def refuse_unsupported(spec: ModelSpec) -> None:
+    """Raises UnsupportedModel naming the first field whose value this backend does not run."""
+    if not spec.layers:
+        raise UnsupportedModel("layers: none, at least one is needed")
+    faults = [
+        ("embedding.learned_positions", spec.embedding.learned_positions is not None),
+        ("vision", spec.vision is not None),
+    ]
+    for one in spec.layers:
+        attention, mlp, norms = one.attention, one.mlp, one.norms
+        rope, experts = attention.rope, mlp.experts
+        others = (norms.post_attn, norms.pre_mlp, norms.post_mlp)
+        head_norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        faults += [
+            ("attention.alibi", attention.alibi),
+            ("attention.heads that kv_heads does not divide", bool(attention.heads % attention.kv_heads)),
+            ("attention.q_norm or k_norm over all heads", any(n.width != attention.head_dim for n in head_norms)),
+            ("attention.rope wider than a head", rope is not None and rope.dim > attention.head_dim),
+            ("rope.scaling", rope is not None and rope.scaling is not None and rope.scaling.kind not in SCALINGS),
+            ("mlp.activation", mlp.activation not in ops.ACTIVATIONS),
+            ("mlp.experts with biases", experts is not None and mlp.bias),
+            ("mlp.experts.shared_intermediate", experts is not None and experts.shared_intermediate is not None),
+            ("norms.pre_attn = none", norms.pre_attn is None),
+            ("norms.pre_mlp = none", norms.pre_mlp is None and not one.parallel),
+            ("norms beside pre_attn in a parallel layer", one.parallel and others != (None, None, None)),
+        ]
+    for name, refused in faults:
+        if refused:
+            raise UnsupportedModel(f"the torch backend does not run {name} (model {spec.name})")
+
+
+@dataclass(slots=True)
+class Kinds:
+    """What layers have in common, and a step works out once for all of them."""
+
+    ropes: list[RopeSpec] = field(default_factory=list)
+    """A list, not a dict: a RopeSpec may hold a mapping and has no hash."""
+    heads: list[AttentionSpec] = field(default_factory=list)
+    """A layer's of each kind of heads."""
+    windows: list[set[int | None]] = field(default_factory=list)
+    """For each kind of heads."""
+
+    def rope(self, spec: RopeSpec | None) -> int | None:
+        if spec is None:
+            return None
+        if spec not in self.ropes:
+            self.ropes.append(spec)
+        return self.ropes.index(spec)
+
+    def meeting(self, spec: AttentionSpec) -> int:
+        shapes = [(one.heads, one.kv_heads, one.head_dim) for one in self.heads]
+        shape = (spec.heads, spec.kv_heads, spec.head_dim)
+        if shape not in shapes:
+            shapes.append(shape)
+            self.heads.append(spec)
+            self.windows.append(set())
+        index = shapes.index(shape)
+        self.windows[index].add(spec.window)
+        return index
+
+
+@dataclass(slots=True)
+class Builder:
+    """Makes layers whose weights are filled later, through `slots`."""
+
+    slots: Slots
+    hidden_size: int
+    row_multiple: int
+    kinds: Kinds = field(default_factory=Kinds)
+
+    def layer(self, index: int, spec: LayerSpec) -> Sequential | Parallel:
+        norms = spec.norms
+        attention = self._attention(index, spec.attention)
+        mlp = self._mlp(index, spec.mlp)
+        pre_attn = self._norm(index, "norms.pre_attn", norms.pre_attn) or as_is
+        if spec.parallel:
+            return Parallel(pre_attn, attention, mlp, after(None, spec.residual_scale))
+        return Sequential(
+            pre_attn=pre_attn,
+            attention=attention,
+            after_attn=after(self._norm(index, "norms.post_attn", norms.post_attn), spec.residual_scale),
+            pre_mlp=self._norm(index, "norms.pre_mlp", norms.pre_mlp) or as_is,
+            mlp=mlp,
+            after_mlp=after(self._norm(index, "norms.post_mlp", norms.post_mlp), spec.residual_scale),
+        )
+
+    def _attention(self, index: int, spec: AttentionSpec) -> Attention:
+        q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        qkv = {"attn.q": q_rows, "attn.k": kv_rows, "attn.v": kv_rows}
+        return Attention(
+            spec=spec,
+            layer=index,
+            meeting=self.kinds.meeting(spec),
+            turn=self.kinds.rope(spec.rope),
+            qkv=self._linear(index, qkv, self.hidden_size, spec.qkv_bias),
+            q_norm=self._norm(index, "attn.q_norm", spec.q_norm) or as_is,
+            k_norm=self._norm(index, "attn.k_norm", spec.k_norm) or as_is,
+            o=self._linear(index, {"attn.o": self.hidden_size}, q_rows, spec.o_bias),
+        )
+
+    def _mlp(self, index: int, spec: MlpSpec) -> Mlp:
+        if spec.experts is None:
+            return self._dense_mlp(index, "mlp", spec, spec.intermediate)
+        count, inner = spec.experts.num_experts, spec.experts.intermediate
+        router = {name_in_layer(index, "mlp.router"): count}
+        return Experts(
+            spec=spec.experts,
+            router=self.slots.linear(router, self.hidden_size, bias=False, dtype=torch.float32),
+            experts=[self._dense_mlp(index, f"mlp.experts.{expert}", spec, inner) for expert in range(count)],
+            row_multiple=self.row_multiple,
+        )
+
+    def _dense_mlp(self, index: int, part: str, spec: MlpSpec, inner: int) -> Mlp:
+        down = self._linear(index, {f"{part}.down": self.hidden_size}, inner, spec.bias)
+        if spec.gated:
+            gate_up = self._linear(index, {f"{part}.gate": inner, f"{part}.up": inner}, self.hidden_size, spec.bias)
+            return GatedMlp(gate_up, down, spec.activation)
+        return PlainMlp(self._linear(index, {f"{part}.up": inner}, self.hidden_size, spec.bias), down, spec.activation)
+
+    def _linear(self, index: int, parts: Mapping[str, int], width: int, bias: bool) -> Linear:
+        return self.slots.linear({name_in_layer(index, part): rows for part, rows in parts.items()}, width, bias)
+
+    def _norm(self, index: int, part: str, spec: NormSpec | None) -> Norm | None:
+        return None if spec is None else self.slots.norm(name_in_layer(index, part), spec)

@@ -1,0 +1,187 @@
+"""What `headrace doctor` asks the system. Linux's own files, read below a root that tests can choose; no probe raises.
+
+An unknown value is None: a file that is missing or odd is no fault of the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from headrace.engine.hardware import ROOT, as_int, cpu_quota, memory_limit, read_text
+
+PACKAGES = ("numpy", "tokenizers", "jinja2", "rich", "huggingface_hub", "torch", "triton")
+FEATURES: Mapping[str, frozenset[str]] = {
+    "avx2": frozenset({"avx2"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl"}),
+    "vnni": frozenset({"avx512_vnni"}),
+    "avx_vnni": frozenset({"avx_vnni"}),
+    "bf16": frozenset({"avx512_bf16"}),
+    "amx": frozenset({"amx_tile", "amx_int8", "amx_bf16"}),
+    "neon": frozenset({"asimd"}),
+    "dotprod": frozenset({"asimddp"}),
+    "i8mm": frozenset({"i8mm"}),
+    "sve": frozenset({"sve"}),
+    "arm_bf16": frozenset({"bf16"}),
+}
+"""Instruction set -> the flags of /proc/cpuinfo that together mean it."""
+X86 = ("avx2", "avx512", "vnni", "avx_vnni", "bf16", "amx")
+ARM = ("neon", "dotprod", "i8mm", "sve", "arm_bf16")
+GPU_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
+GPU_TIMEOUT_S = 10.0
+MIB = 2**20
+MOST_FILES = 200_000
+
+
+# ---------------------------------------------------------------- processor
+
+
+def cpu(root: Path = ROOT) -> dict[str, object]:
+    """Model, cores, instruction sets that matter, NUMA nodes, frequency governor, load."""
+    fields: dict[str, str] = {}
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    names = ARM if platform.machine() in ("aarch64", "arm64") else X86
+    nodes = list((root / "sys/devices/system/node").glob("node[0-9]*"))
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        load = round(os.getloadavg()[0], 2)
+    except OSError:
+        load = None
+    return {
+        "model": fields.get("model name") or platform.processor() or None,
+        "cores_present": os.cpu_count() or 1,
+        "cores_usable": usable,
+        "quota_cores": cpu_quota(root),
+        "instructions": {name: flags >= FEATURES[name] for name in names} if flags else {},
+        "numa_nodes": len(nodes) or None,
+        "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "load_1min": load,
+    }
+
+
+# ---------------------------------------------------------------- memory and disk
+
+
+def memory(root: Path = ROOT) -> dict[str, int | None]:
+    """Bytes: total, available, the control group's limit (None: none), swap."""
+    kib: dict[str, int | None] = {}
+    for line in (read_text(root / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        kib[name] = as_int(value.removesuffix("kB").strip())
+    def in_bytes(name: str) -> int | None:
+        value = kib.get(name)
+        return None if value is None else 1024 * value
+
+    return {
+        "total_bytes": in_bytes("MemTotal"),
+        "available_bytes": in_bytes("MemAvailable"),
+        "limit_bytes": memory_limit(root)[0],
+        "swap_total_bytes": in_bytes("SwapTotal"),
+        "swap_free_bytes": in_bytes("SwapFree"),
+    }
+
+
+def hub_cache(environ: Mapping[str, str]) -> dict[str, object]:
+    """Where Hub models lie, how many, their bytes, and the room on that disk. Counted up to a bound of files."""
+    folder = environ.get("HF_HUB_CACHE")
+    if not folder:
+        home = environ.get("HF_HOME")
+        if not home:
+            cache = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME") or "/") / ".cache")
+            home = f"{cache}/huggingface"
+        folder = f"{home}/hub"
+    path = Path(environ.get("HOME") or "/", folder[2:]) if folder.startswith("~/") else Path(folder)
+    count, size, whole = 0, 0, True
+    if path.is_dir():
+        size, whole = _folder_bytes(path)
+        count = sum(1 for _ in path.glob("models--*"))
+    return {
+        "path": str(path),
+        "present": path.is_dir(),
+        "models": count,
+        "bytes": size,
+        "counted_whole": whole,
+        "disk_free_bytes": disk_free(path),
+    }
+
+
+def _folder_bytes(folder: Path) -> tuple[int, bool]:
+    """(bytes of the files, without those that links point to; whether all of them were counted)."""
+    size = seen = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            seen += 1
+            if seen > MOST_FILES:
+                return size, False
+            try:
+                found = (Path(where) / name).lstat()
+            except OSError:
+                continue
+            size += found.st_size
+    return size, True
+
+
+def disk_free(path: Path) -> int | None:
+    """Bytes free where `path` is, or would be made."""
+    for place in (path, *path.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+# ---------------------------------------------------------------- GPUs and packages
+
+
+def gpus(command: str = "nvidia-smi") -> tuple[list[dict[str, object]], str | None]:
+    """(the NVIDIA GPUs, or why there are none)."""
+    found = shutil.which(command)
+    if found is None:
+        return [], "none found: no NVIDIA driver (nvidia-smi is not there)"
+    question = [found, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            question, capture_output=True, text=True, errors="replace", timeout=GPU_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"unknown: nvidia-smi gave no answer in {GPU_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        return [], f"unknown: nvidia-smi cannot be started: {error.strerror or error}"
+    if done.returncode:
+        words = " ".join((done.stdout + done.stderr).split())[:200]
+        return [], f"none usable: nvidia-smi ended with {done.returncode}: {words}"
+    cards = [_card(line) for line in done.stdout.splitlines() if line.count(",") >= len(GPU_FIELDS) - 1]
+    return cards, None if cards else "none found by nvidia-smi"
+
+
+def _card(line: str) -> dict[str, object]:
+    name, total, free, driver, capability = (part.strip() for part in line.rsplit(",", len(GPU_FIELDS) - 1))
+    total_mib, free_mib = as_int(total), as_int(free)
+    return {
+        "name": name,
+        "memory_total_bytes": None if total_mib is None else total_mib * MIB,
+        "memory_free_bytes": None if free_mib is None else free_mib * MIB,
+        "driver": driver,
+        "compute_capability": capability,
+    }
+
+
+def packages() -> dict[str, str | None]:
+    """Package -> version, None where it is not installed. Nothing is imported."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
