@@ -41,8 +41,9 @@ clean: ## remove the environment, the caches and the reports
 	rm -f headrace-compare.html headrace-compare.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: does the property test notice each one?
+robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: is each noticed? then a batch killed again and again
 	@$(BIN)/python -m tests.robustness.mutants
+	@$(BIN)/python -m tests.robustness.batch_kill --kills 20 --torn 5
 
 bench: $(VENV)/dev.stamp ## 32 requests against transformers eager, interleaved
 	@$(BIN)/python benchmarks/torch_batch.py

@@ -189,6 +189,6 @@ class RequestTable:
 
 
 def _logit_count(step: RowStep) -> int:
-    if step.logits or step.score_prompt:
+    if step.logits:
         return step.length + len(step.drafts)
     return 1 + len(step.drafts) if step.sample else 0

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from headrace.cli.console import print_notes
 from headrace.cli.flags import add_engine_flags, given
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidParameter
@@ -65,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.engine.model import OpenModel
 
     opened = OpenModel(EngineConfig(**given(arguments, EngineConfig), prefix_cache=False))
-    with opened.checkpoint, progress_line() as progress:
+    print_notes(opened.checkpoint)
+    with closing(opened), progress_line() as progress:
         workload = text4(opened, arguments.max_tokens)
         comparison = compare(opened, workload, with_base(names), arguments.repeats, progress)
     out = console()

@@ -14,7 +14,10 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from headrace.weights.checkpoint import Checkpoint
 
 MAX_HISTORY = 1000
 MAX_HISTORY_BYTES = 4 * 2**20
@@ -239,6 +242,14 @@ def _decoded(raw: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     return printable(value) if isinstance(value, str) and value else None
+
+
+def print_notes(checkpoint: Checkpoint) -> None:
+    """On stderr: the commit of a model from the Hub, and what the user should know of how its weights are read."""
+    if checkpoint.origin != str(checkpoint.path):
+        print("headrace: model", printable(checkpoint.origin), file=sys.stderr)
+    for note in checkpoint.notes:
+        print("headrace: note:", printable(note), file=sys.stderr)
 
 
 def load_line_shown(environ: Mapping[str, str]) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.console import load_line_shown, printable
+from headrace.cli.console import load_line_shown, print_notes, printable
 from headrace.cli.flags import add_engine_flags, add_sampling_flags, given
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InputFileError, InvalidParameter, RequestError, shorten
@@ -119,6 +119,7 @@ class Job:
         from headrace.engine.llm import LLM
         from headrace.engine.progress import loading, progress_bar
 
+        print_notes(self._opened.checkpoint)
         with loading(load_line_shown(os.environ)) as on_progress:
             llm = LLM.load(self._opened, on_progress)
         with llm:

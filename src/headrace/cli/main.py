@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from headrace import __version__
-from headrace.cli import compare, generate
+from headrace.cli import batch, chat, compare, doctor, generate
 from headrace.core.errors import ConfigError, HeadraceError, ModelError, RequestError
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -29,7 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, module, summary in (
         ("generate", generate, "answer prompts offline"),
+        ("chat", chat, "talk with a model in the terminal"),
+        ("batch", batch, "answer a file of OpenAI batch lines, durably"),
         ("compare", compare, "run the same questions under every method, with proof and times"),
+        ("doctor", doctor, "what this machine has, and what headrace will use"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
         module.add_arguments(command)

@@ -77,6 +77,7 @@ def memory(root: Path = ROOT) -> dict[str, int | None]:
     for line in (read_text(root / "proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
         kib[name] = as_int(value.removesuffix("kB").strip())
+
     def in_bytes(name: str) -> int | None:
         value = kib.get(name)
         return None if value is None else 1024 * value

@@ -3,6 +3,16 @@
 HeadraceError                     500 internal_error
 ├── RequestError                  400 bad_request            this request is at fault
 │   ├── InvalidParameter          400 invalid_parameter
+│   │   ├── InvalidCustomId       400 invalid_custom_id      (this and those below: of a line of a batch)
+│   │   ├── DuplicateCustomId     400 duplicate_custom_id
+│   │   ├── InvalidMethod         400 invalid_method
+│   │   └── InvalidUrl            400 invalid_url
+│   ├── UnknownParameter          400 unknown_parameter      a field that no route knows
+│   ├── UnsupportedParameter      400 unsupported_parameter  a field that is not carried out
+│   ├── InvalidJson               400 invalid_json
+│   │   └── InvalidJsonLine       400 invalid_json_line
+│   ├── MissingField              400 missing_required_parameter
+│   ├── LineTooLong               400 line_too_long
 │   ├── ContextLengthExceeded     400 context_length_exceeded
 │   ├── EmptyPrompt               400 empty_prompt
 │   ├── NoTokenAllowed            400 no_token_allowed
@@ -14,6 +24,9 @@ HeadraceError                     500 internal_error
 │   ├── WeightsMismatch           422 weights_mismatch
 │   └── UnsupportedModel          501 unsupported_model
 ├── ConfigError                   400 bad_config             a setting, or a pair of them, cannot be
+│   ├── BatchInUse                400 batch_in_use
+│   └── BatchChanged              400 batch_changed
+├── StorageError                  500 storage_failed         a file of a batch cannot be written
 └── EngineError                   500 engine_fault           the machine or the engine is at fault
     ├── NonFiniteLogits           500 nan_logits
     ├── OutOfMemory               503 out_of_memory
@@ -22,6 +35,8 @@ HeadraceError                     500 internal_error
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -54,6 +69,62 @@ class InvalidParameter(RequestError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field}: got {shorten(value)}, allowed: {allowed}")
         self.field = field
+
+
+class UnknownParameter(RequestError):
+    """A field that no route knows."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, field: str, where: str) -> None:
+        super().__init__(f"{shorten(field)}: unknown field of {where}")
+        self.field = field
+
+
+class UnsupportedParameter(RequestError):
+    """A field, or a value of it, that would change the answer and that this version does not carry out."""
+
+    code = "unsupported_parameter"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field}: got {shorten(value)}, which is not supported; allowed: {allowed}")
+        self.field = field
+
+
+class InvalidJson(RequestError):
+    code = "invalid_json"
+
+
+class InvalidJsonLine(InvalidJson):
+    code = "invalid_json_line"
+
+
+class LineTooLong(RequestError):
+    code = "line_too_long"
+
+
+class MissingField(RequestError):
+    code = "missing_required_parameter"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field}: missing, required in every line")
+        self.field = field
+
+
+class InvalidCustomId(InvalidParameter):
+    code = "invalid_custom_id"
+
+
+class DuplicateCustomId(InvalidParameter):
+    code = "duplicate_custom_id"
+
+
+class InvalidMethod(InvalidParameter):
+    code = "invalid_method"
+
+
+class InvalidUrl(InvalidParameter):
+    code = "invalid_url"
 
 
 class ContextLengthExceeded(RequestError):
@@ -110,6 +181,27 @@ class UnsupportedModel(ModelError):
 class ConfigError(HeadraceError):
     status = 400
     code = "bad_config"
+
+
+class BatchInUse(ConfigError):
+    code = "batch_in_use"
+
+
+class BatchChanged(ConfigError):
+    """The journal was begun with another input or other settings."""
+
+    code = "batch_changed"
+
+
+class StorageError(HeadraceError):
+    """A file of the batch cannot be written."""
+
+    code = "storage_failed"
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "put that right"
+        reason = error.strerror or error
+        super().__init__(f"{path}: {reason}; what is done is kept: {remedy}, then run the same command again")
 
 
 class EngineError(HeadraceError):

@@ -12,11 +12,12 @@ The oracle is the backend itself, run in the plainest way: one request, one chun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from headrace.core.errors import EngineError
-from headrace.core.types import RowOut, SamplingParams
+from headrace.core.types import RowOut, SamplingParams, TokenLogprobs
 from headrace.testing.driver import Driver
 from headrace.weights.lora import Adapter
 
@@ -74,6 +75,27 @@ class BackendConformance:
         row = driver.admit(self.prompt(9))
         assert driver.run(driver.span(row, 4, sample=False))[row] == RowOut(row)
         assert len(driver.run(driver.span(row, 5))[row].tokens) == 1
+
+    def test_a_prompt_is_scored_once_whatever_its_chunks(self, driver: Driver) -> None:
+        """A score for each prompt token but the first; none for what was generated, none unless asked."""
+        prompt, beside = self.prompt(14), self.prompt(4, 2)
+        sampling = SamplingParams(prompt_logprobs=0)
+        found = []
+        for sizes in ((14, 1), (5, 1, 8, 1), (13, 2)):
+            tokens = [*prompt, *self.safe(driver.generate(prompt, 1))]
+            row, other = driver.admit(tokens, sampling, num_prompt=len(prompt)), driver.admit(beside)
+            scores: list[TokenLogprobs] = []
+            for size in sizes:
+                last = driver.rows[row].computed + size == len(tokens)
+                span = replace(driver.span(row, size, sample=last), score_prompt=True)
+                outs = driver.run(span, driver.span(other, 4 if driver.rows[other].computed == 0 else 1))
+                scores += outs[row].prompt_logprobs
+                assert outs[row].error is None and outs[other].prompt_logprobs == ()
+            assert len(scores) == len(prompt) - 1
+            found.append(scores)
+            driver.release(row)
+            driver.release(other)
+        assert found[0] == found[1] == found[2]
 
     def test_results_answer_plans_in_order_and_rows_in_plan_order(self, driver: Driver) -> None:
         rows = [driver.admit(self.prompt(3, seed)) for seed in range(4)][::-1]

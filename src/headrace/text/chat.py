@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from headrace.core.errors import InvalidParameter
 from headrace.text.template_worker import TemplateRenderer
@@ -39,15 +40,19 @@ class ChatTemplate:
         /,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        now: datetime | None = None,
         **kwargs: object,
     ) -> str:
         """The prompt text of a conversation; `kwargs` are more variables for the template (`enable_thinking=False`).
+        `now`: what `strftime_now` writes; the machine's own time if None.
 
         Raises InvalidParameter (messages, tools, a variable), TemplateError (the source is no template, or the template
         refuses, fails or meets a limit), EngineError (it cannot be run).
         """
         if not isinstance(add_generation_prompt, bool):
             raise InvalidParameter("add_generation_prompt", add_generation_prompt, "true or false")
+        if now is not None and not isinstance(now, datetime):
+            raise InvalidParameter("now", now, "a datetime")
         for name in ("chat_template", "messages"):  # a server passes on the names that a request chooses
             if name in kwargs:
                 raise InvalidParameter(name, kwargs[name], "no such variable; the model and the request have one")
@@ -63,6 +68,7 @@ class ChatTemplate:
                 "tools": _check_tools(tools),
                 "add_generation_prompt": add_generation_prompt,
             },
+            now,
         )
 
     def _content(self, message: dict[str, object]) -> dict[str, object]:

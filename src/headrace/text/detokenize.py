@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from headrace.text.tokenizer import Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SEQUENCE = re.compile(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?")
 _UNKNOWN_SURFACE = " ⁇ "
 """What sentencepiece writes for the unknown token."""
@@ -116,7 +116,7 @@ class Detokenizer:
         """The text that is now certain."""
         tokens = self._tokenizer.tokens(ids, self._skip_special_tokens)
         if self._rules.kind == "byte_level":
-            return self._utf8.push(b"".join(map(_token_bytes, tokens)))
+            return self._utf8.push(b"".join(map(bytes_of_spelling, tokens)))
         if not self._rules.byte_fallback:
             return self._cut(self._decode(tokens))
         out: list[str] = []
@@ -145,7 +145,7 @@ class Detokenizer:
     def _byte_of(self, token: str) -> int | None:
         if isinstance(self._raw, SentencePiece):
             return self._raw.byte_values.get(token)
-        match = _BYTE_TOKEN.fullmatch(token)
+        match = BYTE_TOKEN.fullmatch(token)
         return None if match is None else int(match[1], 16)
 
     def _decode(self, tokens: Sequence[str]) -> str:
@@ -185,7 +185,7 @@ class Detokenizer:
         return text[cut:]
 
 
-def _token_bytes(token: str) -> bytes:
+def bytes_of_spelling(token: str) -> bytes:
     """A token outside the byte alphabet (an added one) stands for itself."""
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])

@@ -62,15 +62,15 @@ class TemplateRenderer:
         with self._lock:
             self._living_child()
 
-    def render(self, source: str, variables: Mapping[str, object]) -> str:
-        """What the template `source` writes; `variables` are JSON values.
+    def render(self, source: str, variables: Mapping[str, object], now: datetime | None = None) -> str:
+        """What the template `source` writes; `variables` are JSON values, `now` is what its clock says.
 
         Raises TemplateError: no template, one that refuses or fails, or one that meets a limit; EngineError if the
         process cannot be started.
         """
         if len(source) > _MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source)} characters, allowed: {_MAX_SOURCE}")
-        request = {"now": datetime.now().isoformat(), "source": source, "variables": variables}
+        request = {"now": (now or datetime.now()).isoformat(), "source": source, "variables": variables}
         try:
             data = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
         except ValueError as error:  # an integer of more digits than Python turns into text

@@ -16,7 +16,7 @@ from headrace.backends.rows import Batch, RequestTable
 from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample, score
 from headrace.backends.torch import ops
 from headrace.backends.torch.kvstore import KVStore
-from headrace.backends.torch.model import Decoder
+from headrace.backends.torch.model import Decoder, States
 from headrace.core.errors import ConfigError, EngineError, NonFiniteLogits, OutOfMemory, UnsupportedModel, shorten
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
@@ -29,6 +29,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+SCORED_ROWS = 64
+"""Prompt tokens whose logits are there at one time."""
 
 
 class Loaded:
@@ -126,7 +130,7 @@ class TorchBackend:
             "weights": loaded.decoder.weight_bytes,
             "adapters": loaded.decoder.adapter_bytes,
             "kv_cache": loaded.store.nbytes,
-            "workspace": 4 * loaded.options.max_rows * loaded.decoder.spec.vocab_size,
+            "workspace": 4 * max(loaded.options.max_rows, SCORED_ROWS) * loaded.decoder.spec.vocab_size,
         }
 
     def close(self) -> None:
@@ -145,7 +149,9 @@ class TorchBackend:
         try:
             batch = loaded.table.batch(steps)
             prepared = time.perf_counter()
-            logits_PV: F32 = loaded.decoder.logits(batch, loaded.store).numpy()
+            states = loaded.decoder.states(batch, loaded.store)
+            logits_PV: F32 = loaded.decoder.logits(states, batch.logit_positions).numpy()
+            scores = [_scores(loaded, step, int(batch.starts[i]), states) for i, step in enumerate(steps)]
         except Exception as error:  # the row at fault gets it as data
             if len(steps) == 1 and steps[0].drafts:
                 return [self._run_without_drafts(loaded, steps[0], seconds)]
@@ -155,6 +161,7 @@ class TorchBackend:
             return self._run(loaded, steps[:half], seconds) + self._run(loaded, steps[half:], seconds)
         computed = time.perf_counter()
         outs = _sample(loaded, steps, batch, logits_PV)
+        outs = [_with_scores(out, mine) for out, mine in zip(outs, scores, strict=True)]
         seconds["prepare"] += prepared - began
         seconds["forward"] += computed - prepared
         seconds["sample"] += time.perf_counter() - computed
@@ -200,8 +207,6 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
         first = int(batch.logit_starts[i])
         raw = logits_PV[first : first + int(batch.logit_counts[i])].copy() if step.logits else None
         out = _row_out(step, mine, raw)
-        if out.error is None and step.score_prompt:
-            out = _scored(loaded, step, out, logits_PV[first : first + step.length])
         if out.error is None and step.sample:
             loaded.table.append(step.row, out.tokens)
         if out.error is None and out.accepted < len(step.drafts):
@@ -213,16 +218,31 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
     return outs
 
 
-def _scored(loaded: Loaded, step: RowStep, out: RowOut, logits_PV: F32) -> RowOut:
-    """With the log-probabilities of the prompt tokens that follow the span's."""
+def _scores(loaded: Loaded, step: RowStep, first: int, states: States) -> tuple[TokenLogprobs, ...] | NonFiniteLogits:
+    """Log-probabilities of the prompt tokens that follow those of the span, whose first has the place `first`. A few
+    rows of logits at a time: a whole prompt's may be larger than the model."""
+    if not step.score_prompt:
+        return ()
     row = loaded.table.row(step.row).sampling
     stop = min(step.start + step.length, row.num_prompt - 1)
-    tokens = loaded.table.token_ids(step.row, stop + 1)[step.start + 1 :]
-    try:
-        scores = score(logits_PV[: len(tokens)], tokens.tolist(), row.sampling.prompt_logprobs or 0)
-    except NonFiniteLogits as error:
-        return RowOut(step.row, error=RowError(error.code, str(error)))
-    return replace(out, prompt_logprobs=tuple(scores))
+    tokens = loaded.table.token_ids(step.row, stop + 1)[step.start + 1 :].tolist()
+    scores: list[TokenLogprobs] = []
+    for start in range(0, len(tokens), SCORED_ROWS):
+        part = tokens[start : start + SCORED_ROWS]
+        logits_PV: F32 = loaded.decoder.logits(states, first + start + np.arange(len(part))).numpy()
+        try:
+            scores += score(logits_PV, part, row.sampling.prompt_logprobs or 0)
+        except NonFiniteLogits as error:
+            return error
+    return tuple(scores)
+
+
+def _with_scores(out: RowOut, scores: tuple[TokenLogprobs, ...] | NonFiniteLogits) -> RowOut:
+    if out.error is not None:
+        return out
+    if isinstance(scores, NonFiniteLogits):
+        return RowOut(out.row, error=RowError(scores.code, str(scores)))
+    return replace(out, prompt_logprobs=scores)
 
 
 def _positions(loaded: Loaded, step: RowStep) -> list[Position]:

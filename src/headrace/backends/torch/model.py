@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.backends.rows import Batch
+from headrace.backends.rows import Batch, IntArray
 from headrace.backends.torch import ops
 from headrace.backends.torch.adapters import RowAdapters, load_adapter
 from headrace.backends.torch.attention import Meeting, meeting
@@ -22,6 +23,15 @@ from headrace.core.spec import ModelSpec
 from headrace.models.names import EMBED, FINAL_NORM, HEAD
 from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class States:
+    """What a step's layers made of its tokens."""
+
+    hidden: Tensor
+    """(tokens and padding, hidden size)"""
+    adapters: RowAdapters | None
 
 
 class Decoder:
@@ -65,11 +75,8 @@ class Decoder:
         self._adapters.add(adapter.name)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, store: KVStore) -> Tensor:
-        """Computes a step, leaves K and V in the store. Returns (P, vocabulary) float32, raw.
-
-        Raises EngineError for an adapter that is not loaded.
-        """
+    def states(self, batch: Batch, store: KVStore) -> States:
+        """Computes a step and leaves K and V in the store. Raises EngineError for an adapter that is not loaded."""
         for name in batch.adapters:
             if name and name not in self._adapters:
                 raise EngineError(f"adapter {shorten(name)} is not loaded")
@@ -83,9 +90,13 @@ class Decoder:
         step = Step(len(batch.token_ids), turns, self._meetings(batch, store, hidden), store, adapters)
         for layer in self._layers:
             hidden = layer(hidden, step)
-        wanted = hidden[torch.from_numpy(batch.logit_positions)]
-        if adapters is not None:
-            adapters = adapters.take(batch.logit_positions)
+        return States(hidden, adapters)
+
+    @torch.inference_mode()
+    def logits(self, states: States, places: IntArray) -> Tensor:
+        """Of the tokens at these places of the step's flat arrays: (places, vocabulary) float32, raw."""
+        wanted = states.hidden[torch.from_numpy(places)]
+        adapters = None if states.adapters is None else states.adapters.take(places)
         logits = self._head(self._final_norm(self._pad(wanted)), adapters)[: len(wanted)].float()
         head = self.spec.head
         if head.scale != 1.0:

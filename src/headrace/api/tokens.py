@@ -1,0 +1,79 @@
+"""How single tokens are named in log-probabilities, and where they lie in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headrace.text.detokenize import BYTE_TOKEN, Detokenizer, bytes_of_spelling
+from headrace.text.tokenizer import Tokenizer
+
+
+class TokenNames:
+    """Names and bytes of tokens. Without a tokenizer, or if asked to, a token's name is `token_id:5`."""
+
+    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
+        self._bytes: dict[int, bytes] = {}
+
+    def name(self, token_id: int) -> str:
+        r"""The token's text inside a line of text; part of a character is written as its bytes, `bytes:\xe2\x82`, so
+        that different tokens keep different names."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        data = self.data(token_id)
+        if not data:
+            return f"token_id:{token_id}"  # padding: an id that the model has and the tokenizer lacks
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def data(self, token_id: int) -> bytes:
+        """The token's bytes; empty where it has none."""
+        if self._tokenizer is None:
+            return b""
+        if (data := self._bytes.get(token_id)) is None:
+            data = self._bytes[token_id] = self._read(self._tokenizer, token_id)
+        return data
+
+    def _read(self, tokenizer: Tokenizer, token_id: int) -> bytes:
+        spelled = tokenizer.tokens([token_id], skip_special_tokens=False)
+        if not spelled:
+            return b""
+        rules = tokenizer.decoder_rules
+        if rules.kind == "byte_level":
+            return bytes_of_spelling(spelled[0])
+        if rules.byte_fallback and (match := BYTE_TOKEN.fullmatch(spelled[0])):
+            return bytes([int(match[1], 16)])
+        if rules.kind == "pieces":
+            return spelled[0].replace("\u2581", " ").encode()
+        # Pushed twice: the first token of a text may lose a leading space, the second does not.
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+        detokenizer.push([token_id])
+        return (detokenizer.push([token_id]) + detokenizer.finish()).encode()
+
+
+def offsets(tokenizer: Tokenizer | None, ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
+    """Where each token begins in the text of `ids`, in characters."""
+    if tokenizer is None:
+        return [0] * len(ids)
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+    found: list[int] = []
+    length = 0
+    for token_id in ids:
+        found.append(length)
+        length += len(detokenizer.push([token_id]))
+    return found
+
+
+def prompt_text(tokenizer: Tokenizer | None, ids: Sequence[int], given: str | None) -> tuple[str, bool]:
+    """The prompt as `echo` returns it, and whether that text leaves special tokens out.
+
+    `given`: the text that the client sent; where it sent ids, special tokens are spelled.
+    """
+    if tokenizer is None:
+        return "", False
+    if given is None:
+        return tokenizer.decode(ids, skip_special_tokens=False), False
+    return given, tokenizer.decode(ids, skip_special_tokens=False) != given

@@ -1,0 +1,297 @@
+"""The run of a batch: lines in, a bounded number of them in flight, every outcome into the journal, then the files.
+
+What holds after a kill at any moment, once the same command has been run to its end: each line has exactly one outcome,
+in the order of the input, with the bytes of a run that nothing disturbed; no more lines are computed twice than were in
+flight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from headrace.api.answers import Stamp, answer_body
+from headrace.api.errors import error_body, error_object, status_of
+from headrace.api.json import dump
+from headrace.api.openai import ApiRequest, check_model, engine_requests
+from headrace.batch.identity import Identity, identify, line_seed
+from headrace.batch.journal import Journal
+from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, line_error, read_lines
+from headrace.batch.outputs import Paths, is_finished, write_outputs
+from headrace.core.errors import ConfigError, EngineError, HeadraceError, ModelNotFound, RequestError
+from headrace.core.types import ErrorEvent, Event, TokenEvent
+from headrace.engine.answer import Answer, Completion
+from headrace.engine.client import InProcessClient
+from headrace.engine.model import OpenModel
+
+
+@dataclass(slots=True)
+class Report:
+    """What one run of the command did."""
+
+    num_lines: int
+    done_before: int = 0
+    """Lines that earlier runs had finished."""
+    ok: int = 0
+    failed: int = 0
+    """Of all the lines, these and those before."""
+    again: int = 0
+    """Lines begun more than once, over all the runs."""
+    cut_bytes: int = 0
+    """Bytes of the journal that were not whole."""
+    started_over: bool = False
+    """Whether not even the journal's first record was whole."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    """Of this run."""
+    load_s: float = 0.0
+    run_s: float = 0.0
+    already: bool = False
+    """The files were there."""
+    interrupted: bool = False
+
+    @property
+    def done(self) -> int:
+        return self.ok + self.failed
+
+
+OnProgress = Callable[[Report], None]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A line in flight."""
+
+    line: RawLine
+    custom_id: str | None
+    request: ApiRequest
+    model: str
+    answers: dict[str, Answer]
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+def run_batch(
+    opened: OpenModel,
+    source: InputFile,
+    out: Path,
+    stop: Callable[[], bool] = lambda: False,
+    on_progress: OnProgress = lambda report: None,
+) -> Report:
+    """Answers every line of `source` into `out`; goes on where an earlier run with the same input and settings ended.
+
+    `stop` is asked between steps; once it says yes, what is finished is put on disk and the report says `interrupted`.
+    Raises InputFileError (the file was changed since its scan), ConfigError (`out` is in use, was begun with something
+    else, or exists), StorageError (nothing is lost), ModelError or EngineError.
+    """
+    paths = Paths.beside(out)
+    if paths.out.exists() and paths.out.samefile(source.path):
+        raise ConfigError(f"{source.path}: is also the output, allowed: another file")
+    if opened.has_text:
+        _ = opened.tokenizer  # what is wrong with it is no line's fault
+    identity = identify(opened)
+    if not paths.journal.exists() and _is_there(paths, source, identity):
+        return Report(source.num_lines, already=True)
+    with Journal.open(paths.journal, identity.manifest(source), source.num_lines) as journal:
+        try:
+            there = _is_there(paths, source, identity, resumed=not journal.found.fresh)
+        except ConfigError:
+            if journal.found.fresh:
+                journal.remove()
+            raise
+        if there:
+            journal.remove()
+            return Report(source.num_lines, already=True)
+        run = _Run(opened, source, identity, journal, stop, on_progress)
+        if run.compute():
+            write_outputs(journal, paths)
+        return run.report
+
+
+def _is_there(paths: Paths, source: InputFile, identity: Identity, resumed: bool = False) -> bool:
+    """Whether the files are those of this run, finished. Raises ConfigError if they are something else.
+
+    A run that was killed between its two files has left the error file alone, and its journal.
+    """
+    present = [path for path in (paths.out, paths.errors) if path.exists()]
+    if not present or (resumed and present == [paths.errors]):
+        return False
+    if paths.out.exists() and is_finished(paths, (identity.line_id(line) for line in read_lines(source))):
+        return True
+    raise ConfigError(
+        f"{present[0]}: exists, and is not the finished output of this input with these settings: move it away, or "
+        "name another output"
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        opened: OpenModel,
+        source: InputFile,
+        identity: Identity,
+        journal: Journal,
+        stop: Callable[[], bool],
+        on_progress: OnProgress,
+    ) -> None:
+        self._opened = opened
+        self._identity = identity
+        self._journal = journal
+        self._stop = stop
+        self._on_progress = on_progress
+        self._created = int(journal.manifest["created"])
+        # A template that writes the date must write the same one after midnight.
+        self._clock = datetime.fromtimestamp(self._created, UTC)
+        self._lines: Iterator[RawLine] = read_lines(source)
+        self._reader = LineReader()
+        self._client: InProcessClient | None = None
+        self._live: dict[str, _Flight] = {}
+        """Request id -> its line."""
+        self._window = 2 * opened.config.max_num_seqs
+        found = journal.found
+        self.report = Report(source.num_lines, cut_bytes=found.cut_bytes)
+        self.report.started_over = found.fresh and found.cut_bytes > 0
+
+    def compute(self) -> bool:
+        """True once every line has its outcome; False if it was told to stop."""
+        began_s = time.monotonic()
+        try:
+            while not self._stop():
+                self._fill()
+                if not self._live:
+                    break
+                self._step()
+                self._journal.sync()
+            else:
+                self.report.interrupted = True
+            self._journal.sync(at_once=True)
+        finally:
+            if self._client is not None:
+                self._client.close()
+            self.report.again = self._journal.again
+            self.report.run_s = time.monotonic() - began_s - self.report.load_s
+        return not self.report.interrupted
+
+    def _fill(self) -> None:
+        """Starts lines while there is room: what is not yet in flight stays in the file."""
+        while len(self._live) < self._window and not self._stop():
+            line = next(self._lines, None)
+            if line is None:
+                return
+            read = self._reader.read(line)
+            outcome = self._journal.outcome(line.index)
+            if outcome is not None and outcome.digest == line.digest:
+                self.report.done_before += 1
+                self._count(outcome.ok)
+            else:
+                self._start(line, read)
+
+    def _start(self, line: RawLine, read: BatchLine) -> None:
+        if read.error is not None:
+            self._refuse(line, read, read.error)
+            return
+        request = read.request
+        assert request is not None
+        try:
+            model = check_model(request, self._identity.served)
+            if request.sampling.temperature > 0 and request.sampling.seed is None:
+                request = replace(request, sampling=replace(request.sampling, seed=line_seed(line)))
+            adapter = model if model in self._opened.limits.adapters else ""
+            now_s = time.monotonic()
+            asked = engine_requests(request, self._opened, str(line.index), now_s, adapter, self._clock)
+        except (RequestError, ModelNotFound) as error:
+            self._refuse(line, read, error)
+            return
+        client = self._running_client()
+        self._journal.begin(line.index)
+        tokenizer = self._opened.tokenizer if self._opened.has_text else None
+        answers = {one.id: Answer(i, one, tokenizer, now_s) for i, one in enumerate(asked)}
+        flight = _Flight(line, read.custom_id, request, model, answers)
+        for one in asked:
+            self._live[one.id] = flight
+            client.submit(one)
+
+    def _running_client(self) -> InProcessClient:
+        """Loads the weights when the first line needs them."""
+        if self._client is None:
+            core, self.report.load_s = self._opened.start()
+            self._client = InProcessClient(core)
+        return self._client
+
+    def _step(self) -> None:
+        client = self._running_client()
+        events = client.poll()
+        if (reason := client.health()) is not None:
+            # No line is at fault: they stay open, for the next run.
+            raise EngineError(f"the engine has ended: {reason}; what is done is kept: run the same command again")
+        for event in events:
+            self._on_event(client, event)
+
+    def _on_event(self, client: InProcessClient, event: Event) -> None:
+        flight = self._live.get(event.request_id)
+        if flight is None:
+            return
+        answer = flight.answers[event.request_id]
+        if isinstance(event, TokenEvent):
+            if (num_output := answer.tokens(event)) is not None:
+                client.finish(event.request_id, num_output)
+            return
+        del self._live[event.request_id]
+        if isinstance(event, ErrorEvent):
+            for request_id in flight.answers:
+                if self._live.pop(request_id, None) is not None:
+                    client.abort(request_id)
+            body = {"error": error_object(event.code, event.message)}
+            self._keep(flight.line, flight.custom_id, status_of(event.code), body)
+            return
+        flight.completions[answer.index] = answer.end(event)
+        if len(flight.completions) == len(flight.answers):
+            self._answer(flight)
+
+    def _answer(self, flight: _Flight) -> None:
+        completions = [flight.completions[i] for i in range(len(flight.answers))]
+        identity = self._identity
+        stamp = Stamp(identity.answer_id(flight.line), self._created, flight.model, identity.system_fingerprint)
+        tokenizer = self._opened.tokenizer if self._opened.has_text else None
+        # What the cache held depends on which lines ran before: the only thing that would differ after a restart.
+        body = answer_body(flight.request, stamp, completions, tokenizer, cached_tokens=False)
+        usage = body["usage"]
+        self._keep(flight.line, flight.custom_id, 200, body, usage["prompt_tokens"], usage["completion_tokens"])
+
+    def _refuse(self, line: RawLine, read: BatchLine, error: HeadraceError) -> None:
+        if read.is_call:
+            self._keep(line, read.custom_id, error.status, error_body(error))
+            return
+        record = {"id": self._identity.line_id(line), "custom_id": read.custom_id, "response": None}
+        self._log(line, {**record, "error": line_error(read, line.number)}, ok=False)
+
+    def _keep(
+        self,
+        line: RawLine,
+        custom_id: str | None,
+        status: int,
+        body: dict[str, Any],
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> None:
+        """The answer that a server would have given."""
+        response = {"status_code": status, "request_id": self._identity.request_id(line), "body": body}
+        record = {"id": self._identity.line_id(line), "custom_id": custom_id, "response": response, "error": None}
+        self._log(line, record, status == 200, prompt_tokens, output_tokens)
+
+    def _log(
+        self, line: RawLine, record: dict[str, Any], ok: bool, prompt_tokens: int = 0, output_tokens: int = 0
+    ) -> None:
+        self._journal.finish(line.index, line.digest, dump(record), ok, prompt_tokens, output_tokens)
+        self._journal.sync()
+        self.report.prompt_tokens += prompt_tokens
+        self.report.output_tokens += output_tokens
+        self._count(ok)
+
+    def _count(self, ok: bool) -> None:
+        self.report.ok += ok
+        self.report.failed += not ok
+        self._on_progress(self.report)
