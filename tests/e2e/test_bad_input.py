@@ -237,6 +237,148 @@ def test_bad_requests_are_refused_one_by_one(tmp_path: Path, demo_path: Path) ->
         assert record["error"]["code"] and record["token_ids"] == [] and record["finish_reason"] is None
 
 
+def adapter(base: Path, settings: object, weights: Callable[[Path], object] | None = None) -> str:
+    """A LoRA adapter's folder."""
+    base.mkdir()
+    (base / "adapter_config.json").write_text(json.dumps(settings))
+    if weights:
+        weights(base)
+    return f"a={base}"
+
+
+def lines_of(path: Path, *lines: object) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+ASK = ("generate", "demo", "--prompt", "x")
+CALL = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+COMMANDS: dict[str, tuple[str, Callable[[Path], tuple[str, ...]]]] = {
+    "adapter without a name": ("adapters: got 'folder'", lambda p: (*ASK, "--adapter", "folder")),
+    "adapter twice": ("adapters", lambda p: (*ASK, "--adapter", f"a={p}", "--adapter", f"a={p}")),
+    "adapter that is not there": ("is no folder", lambda p: (*ASK, "--adapter", f"a={p / 'no'}")),
+    "adapter of another kind": (
+        "peft_type",
+        lambda p: (*ASK, "--adapter", adapter(p / "a", {**LORA, "peft_type": "IA3"})),
+    ),
+    "adapter with a decomposed norm": (
+        "use_dora",
+        lambda p: (*ASK, "--adapter", adapter(p / "a", {**LORA, "use_dora": True})),
+    ),
+    "pickled adapter": (
+        "pickle",
+        lambda p: (*ASK, "--adapter", adapter(p / "a", LORA, lambda a: write(a / "adapter_model.bin", b"x"))),
+    ),
+    "garbage adapter": (
+        "adapter_model.safetensors",
+        lambda p: (*ASK, "--adapter", adapter(p / "a", LORA, lambda a: write(a / "adapter_model.safetensors", b"x"))),
+    ),
+    "adapter nobody loaded": ("adapter: got 'law'", lambda p: (*ASK, "--use-adapter", "law")),
+    "unknown quantisation": (
+        "quant_method",
+        lambda p: (
+            "generate",
+            folder(p / "m", {**TINY, "quantization_config": {"quant_method": "q"}}, one_tensor),
+            *ASK[2:],
+        ),
+    ),
+    "quantisation of 3 bits": (
+        "bits",
+        lambda p: (
+            "generate",
+            folder(p / "m", {**TINY, "quantization_config": {"quant_method": "gptq", "bits": 3}}, one_tensor),
+            *ASK[2:],
+        ),
+    ),
+    "quantisation is a word": (
+        "quantization_config",
+        lambda p: ("generate", folder(p / "m", {**TINY, "quantization_config": "int4"}, one_tensor), *ASK[2:]),
+    ),
+    "hub revision of nothing": ("no such folder", lambda p: ("generate", "org/name@", "--prompt", "x")),
+    "hub id of three parts": ("no such folder", lambda p: ("generate", "org/name/more", "--prompt", "x")),
+    "no batch file": ("no such file", lambda p: ("batch", "demo", str(p / "no.jsonl"), str(p / "out.jsonl"))),
+    "batch file is a folder": ("folder", lambda p: ("batch", "demo", str(p), str(p / "out.jsonl"))),
+    "empty batch": ("no line", lambda p: ("batch", "demo", write(p / "in.jsonl", b"\n \n"), str(p / "out.jsonl"))),
+    "batch of bytes": ("UTF-8", lambda p: ("batch", "demo", write(p / "in.jsonl", b"\xff\xfe"), str(p / "out.jsonl"))),
+    "batch over itself": (
+        "another file",
+        lambda p: ("batch", "demo", lines_of(p / "in.jsonl", CALL), str(p / "in.jsonl")),
+    ),
+    "batch over something else": (
+        "exists",
+        lambda p: ("batch", "demo", lines_of(p / "in.jsonl", CALL), write(p / "out.jsonl", b"mine")),
+    ),
+    "batch into nowhere": (
+        "its folder is missing",
+        lambda p: ("batch", "demo", lines_of(p / "in.jsonl", CALL), str(p / "no" / "out.jsonl")),
+    ),
+    "batch beside a file that is no journal": (
+        "is not a journal",
+        lambda p: (
+            "batch",
+            "demo",
+            lines_of(p / "in.jsonl", CALL),
+            write(p / "out.jsonl.journal", b"mine") and str(p / "out.jsonl"),
+        ),
+    ),
+    "chat without a tokenizer": ("tokenizer", lambda p: ("chat", folder(p / "m", TINY, one_tensor))),
+    "chat that never ends a word": ("max_tokens: got 0", lambda p: ("chat", "demo", "--max-tokens", "0")),
+    "unknown command": ("invalid choice: 'sing'", lambda p: ("sing",)),
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_commands_that_cannot_be(kind: str, tmp_path: Path, demo_path: Path) -> None:
+    words, make = COMMANDS[kind]
+    check_refused(words, *make(tmp_path))
+
+
+BATCH_LINES: dict[str, tuple[str, object]] = {
+    "not an object": ("JSON object", [1]),
+    "no custom_id": ("custom_id", {**CALL, "custom_id": None}),
+    "another method": ("method", {**CALL, "custom_id": "b", "method": "GET"}),
+    "another url": ("url", {**CALL, "custom_id": "c", "url": "/v1/embeddings"}),
+    "unknown key": ("colour", {**CALL, "custom_id": "d", "colour": 1}),
+    "no body": ("body", {**CALL, "custom_id": "e", "body": []}),
+    "stream": ("stream", {**CALL, "custom_id": "f", "body": {"prompt": "x", "stream": True}}),
+    "tools": (
+        "tools",
+        {
+            **CALL,
+            "custom_id": "g",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]},
+        },
+    ),
+    "a template": (
+        "chat_template",
+        {
+            **CALL,
+            "custom_id": "h",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"},
+        },
+    ),
+    "another model": ("model", {**CALL, "custom_id": "i", "body": {"prompt": "x", "model": "gpt-9"}}),
+    "twice": ("custom_id", {**CALL, "custom_id": "i"}),
+}
+
+
+def test_bad_batch_lines_are_refused_one_by_one(tmp_path: Path, demo_path: Path) -> None:
+    """Each gets its record in the error file; no weights are read for them."""
+    source = lines_of(tmp_path / "in.jsonl", *(line for _, line in BATCH_LINES.values()))
+    began = time.monotonic()
+    run = headrace("batch", "demo", source, str(tmp_path / "out.jsonl"))
+    assert time.monotonic() - began < LIMIT_S
+    assert run.returncode == 0 and "Traceback" not in run.stderr and run.stdout == ""
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    records = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    for record, (words, _) in zip(records, BATCH_LINES.values(), strict=True):
+        error = record["error"] or record["response"]["body"]["error"]
+        assert words in error["message"] and error["code"], record
+
+
 def test_a_missing_demo_says_how_to_get_it(tmp_path: Path) -> None:
     """In an interpreter that sees headrace and its needs, but not the demo's package."""
     import headrace
