@@ -156,7 +156,7 @@ def test_flags_that_cannot_be(kind: str, demo_path: Path) -> None:
 LINES: dict[str, tuple[str, str]] = {
     "not JSON": ("line 2: not JSON", '{"prompt": "a"}\n{"prompt": \n'),
     "not an object": ("line 1", "[1, 2]\n"),
-    "NaN": ("NaN is not JSON", '{"prompt": "a", "temperature": NaN}\n'),
+    "NaN": ("NaN is not finite", '{"prompt": "a", "temperature": NaN}\n'),
     "deep": ("line 1: not JSON", "[" * 100_000 + "\n"),
     "not UTF-8": ("not UTF-8", '{"prompt": "\udcff"}\n'),
     "empty": ("not empty", "\n\n"),

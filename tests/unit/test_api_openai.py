@@ -477,6 +477,12 @@ def test_an_ending_no_client_knows_is_an_error(tokenizer: Tokenizer) -> None:
         answer_body(chat(), STAMP, [completion([1], "", finish_reason="abort")], tokenizer)
 
 
+def test_many_keys_one_of_them_twice_are_read_in_one_pass() -> None:
+    names = [*(f"k{i}" for i in range(200_000)), "k199999"]
+    with pytest.raises(InvalidJson, match="'k199999' is there twice"):
+        read_object("{" + ",".join(f'"{name}":1' for name in names) + "}")
+
+
 def test_error_body_is_short() -> None:
     error = error_body(UnknownParameter("x" * 10_000, "this body"))["error"]
     assert error["code"] == "unknown_parameter" and len(json.dumps(error)) < 400

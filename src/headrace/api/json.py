@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
+from headrace.core import strict_json
 from headrace.core.errors import InvalidJson, shorten
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {shorten(text)} is not finite")
-    return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in made if names.count(name) > 1)
-        raise ValueError(f"the key {shorten(twice)} is there twice")
-    return made
 
 
 def read_object(text: str) -> dict[str, Any]:
     """A JSON object: finite numbers, no key twice. Raises InvalidJson."""
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = strict_json.parse(text, unique_keys=True)
     except RecursionError:
         raise InvalidJson("the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.console import load_line_shown, print_notes, printable
 from headrace.cli.flags import add_engine_flags, add_sampling_flags, given
+from headrace.core import strict_json
 from headrace.core.config import EngineConfig
 from headrace.core.errors import InputFileError, InvalidParameter, RequestError, shorten
 from headrace.core.types import SamplingParams, TokenLogprobs
@@ -217,14 +218,11 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _objects(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line, parse_constant=refuse)
+            value = strict_json.parse(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split("\n")[0]
             raise InputFileError(f"{path}, line {number}: not JSON ({reason}): {shorten(line)}") from error

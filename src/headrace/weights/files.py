@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
-from collections.abc import Callable
 from pathlib import Path
 
+from headrace.core import strict_json
 from headrace.core.errors import CheckpointError, shorten
 
 
@@ -47,33 +45,10 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise CheckpointError(f"{where}: cannot be read: {error}") from error
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {shorten(text)} is not finite")
-    return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"the number {text} is not finite")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shorten(twice)} is there twice")
-    return made
-
-
 def parse_object(data: bytes, where: str, unique_keys: bool = False) -> dict[str, object]:
     """A JSON object in UTF-8, with finite numbers only; `where` opens the message of every CheckpointError."""
-    hook: Callable[[list[tuple[str, object]]], object] | None = _unique if unique_keys else None
     try:
-        value = json.loads(
-            data.decode("utf-8"), parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=hook
-        )
+        value = strict_json.parse(data.decode("utf-8"), unique_keys)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
