@@ -29,10 +29,15 @@ class Signals:
         self._ending: int | None = None
         self._busy = False
         self._before: dict[int, Any] = {}
+        self._outside: Any = None
+        """What SIGINT does while nothing is answered."""
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._end)
+        if sys.stdin.isatty():
+            # Whoever started us may have ignored it, and that is inherited; who types Ctrl-C here means us.
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(
@@ -44,11 +49,11 @@ class Signals:
     def begin_answer(self) -> None:
         self._busy = True
         self.interrupted = False
-        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+        self._outside = signal.signal(signal.SIGINT, self._note)
 
     def end_answer(self) -> None:
         """Raises SystemExit if the answer was ended for that."""
-        signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
+        signal.signal(signal.SIGINT, self._outside)
         self._busy = False
         if self._ending is not None:
             raise SystemExit(128 + self._ending)
