@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests ask no hub for anything, whatever the machine can reach. Set before huggingface_hub is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
