@@ -180,7 +180,8 @@ def test_keys_at_the_prompt(chat: Terminal) -> None:
     chat.type("/he\t", "> /help")
     chat.process.send("\r")
     chat.until(lambda: chat.at_prompt)
-    chat.type("\x1b[A", "> /help")  # arrow up
+    chat.process.send("\x1b[A")  # arrow up
+    chat.until(lambda: chat.lines[chat.screen.cursor.y] == "> /help")
     chat.interrupt(lambda: chat.at_prompt)
 
 
