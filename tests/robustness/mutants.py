@@ -152,6 +152,12 @@ MUTANTS = (
         "self._eos_ids",
     ),
     Mutant(
+        "the adapter is left out of the key",
+        PREFIX,
+        "(self._identity, adapter.encode(), salt.encode())",
+        "(self._identity, salt.encode())",
+    ),
+    Mutant(
         "the salt is left out of the key",
         PREFIX,
         "(self._identity, adapter.encode(), salt.encode())",

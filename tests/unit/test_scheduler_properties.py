@@ -20,6 +20,7 @@ from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
 from headrace.testing.fake import FakeBackend, answer, prompt_score
+from headrace.weights.lora import Adapter
 
 BLOCKS, BLOCK_SIZE, ROWS, BUDGET = 8, 4, 4, 9
 CONTEXT = BLOCKS * BLOCK_SIZE
@@ -45,6 +46,7 @@ class World:
         capacity = Capacity(BLOCKS, BLOCK_SIZE, ROWS, BUDGET)
         self.backend = FakeBackend(VOCAB, depth, poison=frozenset({POISON}))
         self.backend.open(capacity)
+        self.backend.load_adapter(Adapter("style", {}, ""))
         cache = PrefixCache(BLOCKS, BLOCK_SIZE, "fake/int", enabled=prefix_cache)
         self.scheduler = Scheduler(capacity, CONTEXT, frozenset({EOS}), parse_policy(policy), cache)
         self.depth = depth
@@ -55,11 +57,13 @@ class World:
         self.seen: Counter[str] = Counter()
         self.admitted: list[str] = []
 
-    def add(self, prompt: list[int], sampling: SamplingParams, salt: str = "", priority: int = 0) -> str:
+    def add(
+        self, prompt: list[int], sampling: SamplingParams, salt: str = "", priority: int = 0, adapter: str = ""
+    ) -> str:
         request_id = f"r{self.seen['added']}"
         self.seen["added"] += 1
         request = Request(
-            request_id, tuple(prompt), sampling, salt=salt, priority=priority, arrival_s=self.now, deadline_s=None
+            request_id, tuple(prompt), sampling, adapter=adapter, salt=salt, priority=priority, arrival_s=self.now
         )
         self.asked[request_id] = Asked(request, since=self.plans)
         self.scheduler.add(request)
@@ -112,7 +116,8 @@ class World:
         """With the first tokens, and only then, comes the score of every prompt token but the first."""
         prompt = asked.request.token_ids
         wanted = asked.request.sampling.prompt_logprobs is not None and not asked.tokens
-        expected = [prompt_score(prompt[:count]) for count in range(1, len(prompt))] if wanted else []
+        adapter = asked.request.adapter
+        expected = [prompt_score(prompt[:count], adapter) for count in range(1, len(prompt))] if wanted else []
         assert list(event.prompt_logprobs) == expected
         self.seen["scored prompts"] += len(expected) > BUDGET
 
@@ -121,7 +126,7 @@ class World:
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else {EOS})
         room = CONTEXT - len(prompt)
         wanted = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        expected = answer(prompt, VOCAB, wanted, stop_ids, sampling.min_tokens)
+        expected = answer(prompt, VOCAB, wanted, stop_ids, sampling.min_tokens, asked.request.adapter)
         sick = [i for i, token in enumerate([*prompt, *expected[:-1]]) if token == POISON]
         if sick:
             good = max(0, sick[0] - len(prompt) + 1)
@@ -197,7 +202,8 @@ def random_walk(world: World, draw: random.Random, steps: int) -> None:
         roll = draw.random()
         if roll < 0.25 and len(world.asked) < 10:
             salt, priority = draw.choice(["", "", "", "tenant"]), draw.choice([0, 0, 0, 0, 1])
-            world.add(random_prompt(draw), random_sampling(draw), salt, priority)
+            adapter = draw.choice(["", "", "style"])
+            world.add(random_prompt(draw), random_sampling(draw), salt, priority, adapter)
         elif roll < 0.27 and world.asked:
             world.abort(draw.choice(list(world.asked)))
         elif roll < 0.29 and (running := [i for i, a in world.asked.items() if a.tokens]):
@@ -225,17 +231,34 @@ def test_random_walks(depth: int, policy: str) -> None:
     assert all(total[what] >= steps // 2000 for what in reached), total
 
 
+def healthy_prompts() -> list[list[int]]:
+    """Of eight tokens; twenty more bring no poison."""
+    prompts = ([i % 11, i // 11, 6, 7, 8, 9, 10, 11] for i in range(121))
+    return [prompt for prompt in prompts if POISON not in answer(prompt, VOCAB, 20)]
+
+
 def test_who_was_preempted_comes_back_whatever_the_policy_says() -> None:
     """Behind a request of a higher priority that may not join the batch."""
     world = World(1, "static:2")
-    prompts = ([i % 11, i // 11, 6, 7, 8, 9, 10, 11] for i in range(121))
-    healthy = [prompt for prompt in prompts if POISON not in answer(prompt, VOCAB, 20)]
-    for priority in (0, 1):
-        world.add(healthy[priority], SamplingParams(max_tokens=20, ignore_eos=True), priority=priority)
+    for priority, prompt in enumerate(healthy_prompts()[:2]):
+        world.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True), priority=priority)
     world.step()
     world.add([4, 4, 4], SamplingParams(max_tokens=20))
     world.drain()
     assert world.scheduler.stats.preemptions > 0
+
+
+def test_who_was_preempted_keeps_its_place() -> None:
+    """Before everyone who came later, whether they ran meanwhile or not."""
+    world = World(1, "fused")
+    for prompt in healthy_prompts()[:2]:
+        world.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True))
+    world.step()
+    world.add([4] * 20, SamplingParams(max_tokens=4))
+    while not world.scheduler.stats.preemptions:
+        world.step()
+    assert [sequence.request.id for sequence in world.scheduler._waiting] == ["r1", "r2"]
+    world.drain()
 
 
 def test_nobody_waits_for_a_block_that_was_published_and_is_gone() -> None:
