@@ -40,8 +40,9 @@ class TemplateLimits:
     """Seconds of CPU time."""
     wall_s: float = 10.0
     """Seconds in all; larger, since a busy machine is no fault of the template."""
-    memory_bytes: int = 128 * _MIB
-    """Address space above what the process has when it starts."""
+    memory_bytes: int = 112 * _MIB
+    """Address space above what the process has when it starts. What is resident may grow by a little more, by pages
+    that were mapped before: it stays below 128 MB."""
     output: int = 4 * _MIB
     """Characters."""
     start_s: float = 60.0
