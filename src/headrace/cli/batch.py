@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -71,22 +70,12 @@ class Signals:
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[OnProgress]:
     """Lines done, failed, and tokens a second, on stderr."""
-    if not shown:
-        yield lambda report: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from headrace.engine.progress import rate_bar
 
-    columns = (TextColumn("lines"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rate_column = TextColumn("{task.fields[rate]}")
-    began_s = time.monotonic()
-    with Progress(*columns, rate_column, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, rate="")
+    with rate_bar("lines", total, shown) as update:
 
         def on_progress(report: Report) -> None:
-            rate = report.output_tokens / max(1e-9, time.monotonic() - began_s)
-            failed = f" · {report.failed} failed" if report.failed else ""
-            progress.update(task, completed=report.done, rate=f"{rate:.0f} tokens/s{failed}")
+            update(report.done, report.output_tokens, f" · {report.failed} failed" if report.failed else "")
 
         yield on_progress
 

@@ -72,25 +72,38 @@ class _LoadLine:
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[Completion], None]]:
-    """Requests done and output tokens a second, on stderr; yields what to call with each completion."""
+def rate_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """How many of `total` are done, and output tokens a second, on stderr; yields what to call with the number done,
+    the tokens so far and a remark."""
     if not shown:
-        yield lambda completion: None
+        yield lambda done, num_tokens, remark: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     began_s = time.monotonic()
-    num_tokens = 0
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rate_column = TextColumn("{task.fields[rate]}")
     with Progress(*columns, rate_column, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, rate="")
 
-        def advance(completion: Completion) -> None:
-            nonlocal num_tokens
-            num_tokens += len(completion.token_ids)
+        def update(done: int, num_tokens: int, remark: str) -> None:
             rate = num_tokens / max(1e-9, time.monotonic() - began_s)
-            progress.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+            progress.update(task, completed=done, rate=f"{rate:.0f} tokens/s{remark}")
+
+        yield update
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[Completion], None]]:
+    """Requests done and output tokens a second; yields what to call with each completion."""
+    done = num_tokens = 0
+    with rate_bar("requests", total, shown) as update:
+
+        def advance(completion: Completion) -> None:
+            nonlocal done, num_tokens
+            done += 1
+            num_tokens += len(completion.token_ids)
+            update(done, num_tokens, "")
 
         yield advance

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from headrace.core.errors import CheckpointError, UnsupportedModel, shorten
-from headrace.core.spec import Activation
+from headrace.core.spec import Activation, MlpSpec
 
 T = TypeVar("T")
 
@@ -235,6 +235,12 @@ def read_sizes(
         head_dim=hidden // heads if head_dim is None else head_dim,
         context=config.get_int("max_position_embeddings", context, high=MAX_CONTEXT),
     )
+
+
+def read_gated_mlp(config: ConfigReader, bias: bool = False) -> MlpSpec:
+    """The MLP of Llama and those like it. Raises CheckpointError, UnsupportedModel."""
+    activation = config.get_choice("hidden_act", ACTIVATIONS, "silu")
+    return MlpSpec(gated=True, activation=activation, intermediate=config.get_int("intermediate_size"), bias=bias)
 
 
 def read_window(config: ConfigReader, default: int | None) -> int | None:

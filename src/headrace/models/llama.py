@@ -7,12 +7,11 @@ from headrace.core.spec import (
     EmbeddingSpec,
     LayerNorms,
     LayerSpec,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     WeightMap,
 )
-from headrace.models.config import ACTIVATIONS, ConfigReader, read_sizes
+from headrace.models.config import ConfigReader, read_gated_mlp, read_sizes
 from headrace.models.mapping import llama_like_map
 from headrace.models.rope import read_rope
 
@@ -33,12 +32,7 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
         o_bias=bias,
         rope=read_rope(config, sizes.head_dim, sizes.context),
     )
-    mlp = MlpSpec(
-        gated=True,
-        activation=config.get_choice("hidden_act", ACTIVATIONS, "silu"),
-        intermediate=config.get_int("intermediate_size"),
-        bias=config.get_bool("mlp_bias", False),
-    )
+    mlp = read_gated_mlp(config, bias=config.get_bool("mlp_bias", False))
     norm = NormSpec("rms", config.get_float("rms_norm_eps", 1e-6, high=1.0), sizes.hidden)
     spec = ModelSpec(
         name="llama",

@@ -7,12 +7,11 @@ from headrace.core.spec import (
     EmbeddingSpec,
     LayerNorms,
     LayerSpec,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     WeightMap,
 )
-from headrace.models.config import ACTIVATIONS, ConfigReader, Sizes, read_layer_windows, read_sizes, read_window
+from headrace.models.config import ConfigReader, Sizes, read_gated_mlp, read_layer_windows, read_sizes, read_window
 from headrace.models.mapping import llama_like_map
 from headrace.models.rope import DEFAULT_BASE, read_rope
 
@@ -22,11 +21,7 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
     sizes = read_sizes(config, context=131_072, kv_heads=8)
     config.require("mlp_bias", False)
     attention = read_attention(config, sizes, window=read_window(config, default=4096))
-    mlp = MlpSpec(
-        gated=True,
-        activation=config.get_choice("hidden_act", ACTIVATIONS, "silu"),
-        intermediate=config.get_int("intermediate_size"),
-    )
+    mlp = read_gated_mlp(config)
     norm = NormSpec("rms", config.get_float("rms_norm_eps", 1e-6, high=1.0), sizes.hidden)
     spec = ModelSpec(
         name="mistral",

@@ -9,14 +9,13 @@ from headrace.core.spec import (
     EmbeddingSpec,
     LayerNorms,
     LayerSpec,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     WeightMap,
     WeightRule,
 )
 from headrace.models import mapping, names
-from headrace.models.config import ACTIVATIONS, ConfigReader, read_sizes
+from headrace.models.config import ConfigReader, read_gated_mlp, read_sizes
 from headrace.models.rope import read_rope
 
 ROPE_KINDS: Mapping[str, str] = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
@@ -36,11 +35,7 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
         rope=read_rope(config, sizes.head_dim, sizes.context, partial=True, kinds=ROPE_KINDS),
         window=config.find_int("sliding_window"),
     )
-    mlp = MlpSpec(
-        gated=True,
-        activation=config.get_choice("hidden_act", ACTIVATIONS, "silu"),
-        intermediate=config.get_int("intermediate_size"),
-    )
+    mlp = read_gated_mlp(config)
     norm = NormSpec("rms", config.get_float("rms_norm_eps", 1e-5, high=1.0), sizes.hidden)
     spec = ModelSpec(
         name="phi3",

@@ -9,12 +9,11 @@ from headrace.core.spec import (
     EmbeddingSpec,
     LayerNorms,
     LayerSpec,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     WeightMap,
 )
-from headrace.models.config import ACTIVATIONS, ConfigReader, read_layer_windows, read_sizes, read_window
+from headrace.models.config import ConfigReader, read_gated_mlp, read_layer_windows, read_sizes, read_window
 from headrace.models.mapping import llama_like_map
 from headrace.models.rope import read_rope
 
@@ -31,11 +30,7 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
         qkv_bias=True,
         rope=read_rope(config, sizes.head_dim, sizes.context),
     )
-    mlp = MlpSpec(
-        gated=True,
-        activation=config.get_choice("hidden_act", ACTIVATIONS, "silu"),
-        intermediate=config.get_int("intermediate_size"),
-    )
+    mlp = read_gated_mlp(config)
     norm = NormSpec("rms", config.get_float("rms_norm_eps", 1e-6, high=1.0), sizes.hidden)
     norms = LayerNorms(pre_attn=norm, pre_mlp=norm)
     spec = ModelSpec(

@@ -9,12 +9,11 @@ from headrace.core.spec import (
     EmbeddingSpec,
     LayerNorms,
     LayerSpec,
-    MlpSpec,
     ModelSpec,
     NormSpec,
     WeightMap,
 )
-from headrace.models.config import ACTIVATIONS, ConfigReader, read_sizes
+from headrace.models.config import ConfigReader, read_gated_mlp, read_sizes
 from headrace.models.mapping import llama_like_map
 from headrace.models.qwen2 import read_windows
 from headrace.models.rope import read_rope
@@ -38,11 +37,7 @@ def describe(config: ConfigReader) -> tuple[ModelSpec, WeightMap]:
         k_norm=head_norm,
         rope=read_rope(config, sizes.head_dim, sizes.context),
     )
-    mlp = MlpSpec(
-        gated=True,
-        activation=config.get_choice("hidden_act", ACTIVATIONS, "silu"),
-        intermediate=config.get_int("intermediate_size"),
-    )
+    mlp = read_gated_mlp(config)
     norms = LayerNorms(pre_attn=norm, pre_mlp=norm)
     spec = ModelSpec(
         name="qwen3",

@@ -16,7 +16,15 @@ from headrace.core.spec import (
     NormSpec,
     WeightMap,
 )
-from headrace.models.config import ACTIVATIONS, MAX_EXPERTS_IN_ALL, MAX_LAYERS, ConfigReader, read_sizes, read_window
+from headrace.models.config import (
+    ACTIVATIONS,
+    MAX_EXPERTS_IN_ALL,
+    MAX_LAYERS,
+    ConfigReader,
+    read_gated_mlp,
+    read_sizes,
+    read_window,
+)
 from headrace.models.mapping import llama_like_map
 from headrace.models.rope import read_rope
 
@@ -59,7 +67,6 @@ def _mlps(config: ConfigReader, layers: int) -> list[MlpSpec]:
 
     Where there are experts, `intermediate` is one expert's, in the MlpSpec as in the MoeSpec.
     """
-    activation = config.get_choice("hidden_act", ACTIVATIONS, "silu")
     dense_only = config.get_indices("mlp_only_layers")
     step = config.get_int("decoder_sparse_step", 1, high=MAX_LAYERS)
     sparse = [index not in dense_only and (index + 1) % step == 0 for index in range(layers)]
@@ -68,7 +75,7 @@ def _mlps(config: ConfigReader, layers: int) -> list[MlpSpec]:
     if count * sum(sparse) > MAX_EXPERTS_IN_ALL:
         config.bad(count_key, f"experts × layers up to {MAX_EXPERTS_IN_ALL}")
     if not count or not any(sparse):
-        return [MlpSpec(True, activation, config.get_int("intermediate_size"))] * layers
+        return [read_gated_mlp(config)] * layers
     inner = config.get_int("moe_intermediate_size")
     experts = MoeSpec(
         num_experts=count,
@@ -76,8 +83,8 @@ def _mlps(config: ConfigReader, layers: int) -> list[MlpSpec]:
         intermediate=inner,
         normalise_weights=config.get_bool("norm_topk_prob", False),
     )
-    routed = MlpSpec(True, activation, inner, experts=experts)
+    routed = MlpSpec(True, config.get_choice("hidden_act", ACTIVATIONS, "silu"), inner, experts=experts)
     if all(sparse):
         return [routed] * layers
-    dense = MlpSpec(True, activation, config.get_int("intermediate_size"))
+    dense = read_gated_mlp(config)
     return [routed if is_sparse else dense for is_sparse in sparse]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.core.errors import EngineError, UnsupportedModel, WeightsMismatch, shorten
+from headrace.core.errors import UnsupportedModel, WeightsMismatch, shorten
 from headrace.weights.lora import Adapter, LowRank
 from headrace.weights.qtensor import QTensor
 
@@ -127,8 +127,7 @@ class Place:
 def load_adapter(adapter: Adapter, places: Mapping[str, Place], row_multiple: int) -> int:
     """Gives every product its share; all of them or none. Returns the bytes.
 
-    Raises EngineError if the name is taken, UnsupportedModel for a layer that is no linear of the model, and
-    WeightsMismatch for a shape.
+    Raises UnsupportedModel for a layer that is no linear of the model, and WeightsMismatch for a shape.
     """
     whose = f"adapter {shorten(adapter.name)}"
     products: dict[int, list[tuple[Place, LowRank]]] = {}
@@ -140,8 +139,6 @@ def load_adapter(adapter: Adapter, places: Mapping[str, Place], row_multiple: in
         rank = low.a.shape[0] if low.a.shape else 0
         if found != (rows, rank, rank, columns) or not rank:
             raise WeightsMismatch(f"{whose}: {shorten(name)}: B {low.b.shape} × A {low.a.shape} is not {place.shape}")
-        if adapter.name in place.deltas:
-            raise EngineError(f"{whose} is loaded already")
         products.setdefault(id(place.deltas), []).append((place, low))
     made = [(layers[0][0].deltas, _delta(layers, row_multiple, whose)) for layers in products.values()]
     for deltas, delta in made:
