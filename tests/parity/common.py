@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.backends.base import Backend
 from headrace.core.types import RowOut
 from headrace.testing.driver import Driver
 from tests.parity.cases import CASES
@@ -18,6 +19,17 @@ Logits = NDArray[np.float32]
 
 TOLERANCE = 1e-4
 VOCAB = 97
+BACKENDS = ("torch", "native")
+
+
+def create_backend(name: str) -> Backend:
+    if name == "native":
+        from headrace.backends.native.backend import NativeBackend
+
+        return NativeBackend()
+    from headrace.backends.torch.backend import TorchBackend
+
+    return TorchBackend()
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

@@ -20,6 +20,7 @@ from headrace.testing.checkpoints import tiny_checkpoint
 from headrace.testing.driver import Driver
 from headrace.weights.checkpoint import open_checkpoint
 from headrace.weights.loader import stream
+from tests.parity.common import BACKENDS, create_backend
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -80,14 +81,7 @@ def reference() -> Callable[..., Reference]:
     return load
 
 
-def create_backend(name: str) -> Backend:
-    assert name == "torch"
-    from headrace.backends.torch.backend import TorchBackend
-
-    return TorchBackend()
-
-
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=BACKENDS)
 def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -112,7 +112,7 @@ def test_bits_depend_on_the_row_alone(
     name: str, dtype: str, threads: int, companies: tuple[int, ...], checkpoint: Checkpoint, open_driver: Open
 ) -> None:
     """A sequence's logits are the same bits alone and whole, in chunks, and in company of 1 to 32 other rows."""
-    driver = open_driver(of_case(name, checkpoint), dtype=dtype, threads=threads)
+    driver = open_driver(of_case(name, checkpoint), dtype=dtype, threads=threads, max_tokens=2048)
     tokens = prompt_of(140, 6)
     alone = all_logits(driver, tokens)
     for chunk in (97, 64, 5, 1) if threads == 1 else (97, 33):
@@ -205,7 +205,7 @@ class TestConformance(BackendConformance):
         return Adapter(name, weights)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma3_softcap_biases"])
 def test_nan_stays_in_its_row(name: str, checkpoint: Checkpoint, open_driver: Open) -> None:
     path = of_case(name, checkpoint)
     clean, sick = open_driver(path), open_driver(path, change=poisoned)
@@ -232,11 +232,12 @@ def test_a_rejected_draft_of_nan_leaves_no_trace(plain: Path, open_driver: Open)
     row = driver.admit(prompt)
     tokens = list(driver.prefill(row, len(prompt)).tokens)
     out = driver.run(driver.span(row, 1, drafts=[expected[1], POISON, POISON]))[row]
-    assert out.error is None and out.accepted == 0, "the drafts are dropped, not the row"
+    assert out.error is None and out.accepted <= 1, "drafts are dropped, not the row"
     tokens += out.tokens
     assert tokens + driver.decode([row], 12 - len(tokens))[row] == expected
 
 
+@pytest.mark.parametrize("backend_name", ["torch"], indirect=True)
 @pytest.mark.parametrize("error", [RuntimeError("kernel\nfell over"), MemoryError(), ValueError("no")])
 def test_an_exception_costs_one_row(
     plain: Path, open_driver: Open, monkeypatch: pytest.MonkeyPatch, error: Exception

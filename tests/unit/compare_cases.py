@@ -74,7 +74,7 @@ def comparison(
         model="/models/planted.gguf",
         model_name="planted.gguf",
         fingerprint="ab" * 32,
-        config=ResolvedConfig("torch", "bfloat16", 2, "fused", 16, 64, 512, 32, 512, False, {"threads": "as set"}),
+        config=ResolvedConfig("torch", "bfloat16", "none", "bfloat16", 2, "fused", 16, 64, 512, 32, 512, False, {"threads": "as set"}),
         machine=Machine("a CPU", 2, 2**33, "Linux x86_64", "3.11", {"numpy": "2"}),
         measured_at="2026-01-01T00:00:00+00:00",
     )

@@ -18,7 +18,7 @@ class BackendOptions:
     """Sizes and precision, all resolved: a backend decides none of them."""
 
     dtype: str
-    """float32, bfloat16 or float16: what is computed in, and the KV cache's type."""
+    """float32, bfloat16 or float16: the type of plain weights, and on torch of all that is computed."""
     threads: int
     block_size: int
     num_blocks: int
@@ -26,6 +26,10 @@ class BackendOptions:
     max_tokens: int
     """Most tokens computed in one step."""
     max_model_len: int
+    quant: str = "none"
+    """How weights are kept: none (plain numbers), stored (as the checkpoint packs them), int8, int4."""
+    kv_dtype: str = "float32"
+    """float32, bfloat16, float16 or int8."""
 
 
 class Backend(Protocol):

@@ -77,6 +77,8 @@ def identify(opened: OpenModel) -> Identity:
         "tokenizer": _tokenizer_hash(opened),
         "backend": config.backend,
         "dtype": config.dtype,
+        "quant": config.quant,
+        "kv_dtype": config.kv_dtype,
         "threads": config.threads,
         "max_model_len": config.max_model_len,
         "adapters": {adapter.name: adapter.fingerprint for adapter in opened.adapters.values()},

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headrace.cli.console import print_notes
 from headrace.cli.flags import add_engine_flags, given
@@ -17,9 +18,20 @@ from headrace.core.errors import InvalidParameter
 from headrace.core.types import SamplingParams
 
 if TYPE_CHECKING:
+    from headrace.compare.peer_setup import PeerCache
     from headrace.compare.runner import Comparison
 
 MAX_REPEATS = 1000
+
+
+class Setup(argparse.Action):
+    """--setup NAME does without MODEL."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == "model":
+                action.required = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="Write every figure and token id to FILE.")
     parser.add_argument("--html", metavar="FILE", help="Write a report for people to FILE, one page in itself.")
+    group = parser.add_argument_group("outside engines")
+    group.add_argument(
+        "--setup",
+        metavar="NAME",
+        action=Setup,
+        help="Instead of comparing: make the environment of an outside engine, and MODEL's files for it if MODEL is "
+        "given (demo, llama-0.5b, llama-1.1b or a .gguf file). NAME: llama.cpp, openvino, onnxruntime, ctranslate2, "
+        "transformers or vllm. benchmarks/peers.py runs them.",
+    )
+    group.add_argument(
+        "--isa",
+        metavar="NAME",
+        default="native",
+        help="With --setup llama.cpp: compile it for this machine (native) or for AVX2 without anything newer (avx2). "
+        "Default: native.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.setup is not None:
+        return set_up(arguments)
     from headrace.compare.files import ReportFile
     from headrace.compare.methods import with_base
     from headrace.compare.methods.admission import check_names
@@ -76,6 +106,22 @@ def run(arguments: argparse.Namespace) -> int:
         file.write(as_json(comparison) if kind == "json" else as_html(comparison))
         show_written(file.path, out)
     return 0
+
+
+def set_up(arguments: argparse.Namespace) -> int:
+    python = peer_cache(arguments.isa).set_up(arguments.setup, arguments.model)
+    print(f"{arguments.setup} is ready: {python}")
+    return 0
+
+
+def peer_cache(isa: str) -> PeerCache:
+    """The user's cache folder for outside engines; what is made there is told on stderr."""
+    from headrace.compare.peer_setup import PeerCache
+
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    environment = {**os.environ, "PYTHONNOUSERSITE": "1"}
+    return PeerCache(folder / "headrace" / "peers", environment, isa, lambda text: print(text, file=sys.stderr))
 
 
 def as_json(comparison: Comparison) -> str:

@@ -178,7 +178,7 @@ def describe_model(opened: OpenModel) -> dict[str, Any]:
     spec, config, checkpoint = opened.spec, opened.config, opened.checkpoint
     attention = spec.layers[0].attention
     parameters = sum(prod(shape) for shape in checkpoint.shapes().values())
-    kv_token = kv_bytes_per_token(spec, config.dtype)
+    kv_token = kv_bytes_per_token(spec, config.kv_dtype)
     # Packed weights are unpacked to dtype when they are loaded.
     needed = parameters * DTYPE_BYTES[config.dtype] + config.num_blocks * config.block_size * kv_token
     free = probe_hardware().free_memory_bytes

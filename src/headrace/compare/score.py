@@ -38,11 +38,14 @@ def is_reference(config: ResolvedConfig) -> bool:
     return (config.backend, config.dtype) == (REFERENCE_BACKEND, REFERENCE_DTYPE)
 
 
-def loader(opened: OpenModel, backend: str, dtype: str, longest: int) -> Load:
-    """What loads a backend with room for one row of `longest` tokens."""
+def loader(opened: OpenModel, longest: int, reference: bool) -> Load:
+    """What loads a backend with room for one row of `longest` tokens: that of the reference, or the methods' own."""
     config = opened.config
+    backend = REFERENCE_BACKEND if reference else config.backend
     options = BackendOptions(
-        dtype=dtype,
+        dtype=REFERENCE_DTYPE if reference else config.dtype,
+        quant="none" if reference else config.quant,
+        kv_dtype=REFERENCE_DTYPE if reference else config.kv_dtype,
         threads=config.threads,
         block_size=config.block_size,
         num_blocks=blocks_for(longest, config.block_size),

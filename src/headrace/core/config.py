@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 BACKENDS = ("auto", "torch", "native")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTS = ("auto", "none", "stored", "int8", "int4")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,13 @@ class EngineConfig:
     backend: str = "auto"
     """What executes the model: auto, torch or native."""
     dtype: str = "auto"
-    """What is computed in: auto, float32, bfloat16 or float16; packed weights are dequantised to it."""
+    """Type of plain weights, and on torch of all arithmetic: auto, float32, bfloat16 or float16. If set, packed weights
+    are dequantised to it."""
+    quant: str = "auto"
+    """How weights are kept: auto, none (plain numbers), stored (as the checkpoint packs them), int8 or int4 (plain
+    weights are rounded at load). All but none: native backend, with int8 activations."""
+    kv_dtype: str = "auto"
+    """Type of the KV cache: auto, float32, bfloat16, float16 (torch) or int8 (native)."""
     threads: int | None = None
     """CPU threads."""
     policy: str = "fused"
@@ -49,6 +57,8 @@ class Hardware:
     """CPUs this process may run on."""
     free_memory_bytes: int
     """Memory that can still be taken without swapping, in this process's control group."""
+    backends: tuple[str, ...] = ("torch",)
+    """Backends that are installed, the best for this machine first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,11 @@ class ResolvedConfig:
     backend: str
     """What executes the model."""
     dtype: str
-    """What is computed in, and the KV cache's type."""
+    """Type of plain weights, and on torch of all arithmetic."""
+    quant: str
+    """How weights are kept."""
+    kv_dtype: str
+    """Type of the KV cache."""
     threads: int
     """CPU threads."""
     policy: str

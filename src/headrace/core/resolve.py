@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.core.adapters import parse_adapters
-from headrace.core.config import BACKENDS, DTYPES, EngineConfig, Hardware, ResolvedConfig
+from headrace.core.config import BACKENDS, DTYPES, KV_DTYPES, QUANTS, EngineConfig, Hardware, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
 from headrace.core.sizing import blocks_for, kv_bytes_per_token
 from headrace.core.spec import ModelSpec
@@ -15,13 +15,11 @@ MIB = 2**20
 
 
 def check_config(config: EngineConfig) -> None:
-    """Refuses values that are wrong whatever the model. Raises InvalidParameter or BackendUnavailable."""
-    if config.backend not in BACKENDS:
-        raise InvalidParameter("backend", config.backend, ", ".join(BACKENDS))
-    if config.backend == "native":
-        raise BackendUnavailable("backend: native is not part of this version, allowed: auto, torch")
-    if config.dtype not in DTYPES:
-        raise InvalidParameter("dtype", config.dtype, ", ".join(DTYPES))
+    """Refuses values that are wrong whatever the model. Raises InvalidParameter."""
+    choices = {"backend": BACKENDS, "dtype": DTYPES, "quant": QUANTS, "kv_dtype": KV_DTYPES}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InvalidParameter(name, getattr(config, name), ", ".join(allowed))
     limits = {
         "threads": (config.threads, 1, 1024),
         "max_model_len": (config.max_model_len, 2, 2**31),
@@ -48,10 +46,15 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     def choose(name: str, given: int | str | None, value: int | str, reason: str) -> None:
         reasons[name] = "as set" if given is not None else f"{value}: {reason}"
 
-    backend = "torch"
-    choose("backend", None if config.backend == "auto" else config.backend, backend, "the backend of this version")
-    dtype = "float32" if config.dtype == "auto" else config.dtype
-    choose("dtype", None if config.dtype == "auto" else dtype, dtype, "16-bit arithmetic is slower on most CPUs")
+    def choose_named(name: str, value: str, reason: str) -> str:
+        choose(name, None if getattr(config, name) == "auto" else value, value, reason)
+        return value
+
+    backend = choose_named("backend", *_backend(config, hardware))
+    plain = "float32" if config.dtype == "auto" else config.dtype
+    dtype = choose_named("dtype", plain, "16-bit arithmetic is slower on most CPUs")
+    quant = choose_named("quant", *_quant(config, backend))
+    kv_dtype = choose_named("kv_dtype", *_kv_dtype(config, backend, dtype))
     threads = config.threads or hardware.cores
     choose("threads", config.threads, threads, "one per CPU that this process may use, and is given the time of")
 
@@ -61,7 +64,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     choose("max_num_seqs", config.max_num_seqs, seqs, "the default on a CPU, at least a static batch's size")
     choose("max_num_batched_tokens", config.max_num_batched_tokens, batched, "the default on a CPU, ≥ max_num_seqs")
 
-    block_bytes = kv_bytes_per_token(spec, dtype) * config.block_size
+    block_bytes = kv_bytes_per_token(spec, kv_dtype) * config.block_size
     wanted_len = config.max_model_len or spec.context
     wanted = seqs * blocks_for(wanted_len, config.block_size)
     if config.kv_cache_mib is not None:
@@ -87,6 +90,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     return ResolvedConfig(
         backend=backend,
         dtype=dtype,
+        quant=quant,
+        kv_dtype=kv_dtype,
         threads=threads,
         policy=config.policy,
         block_size=config.block_size,
@@ -97,6 +102,51 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
         prefix_cache=config.prefix_cache,
         reasons=reasons,
     )
+
+
+def _backend(config: EngineConfig, hardware: Hardware) -> tuple[str, str]:
+    """(backend, why)"""
+    installed = hardware.backends
+    if config.backend != "auto":
+        if config.backend not in installed:
+            raise BackendUnavailable(f"backend: {config.backend} is not installed{_INSTALL[config.backend]}")
+        return config.backend, ""
+    if not installed:
+        raise BackendUnavailable(f"no backend is installed{_INSTALL['native']}{_INSTALL['torch']}")
+    if installed[0] == "native":
+        if config.kv_dtype == "float16" and "torch" in installed:
+            return "torch", "it has a KV cache of float16"
+        return "native", "the fastest on a CPU"
+    return installed[0], "the native kernels are not installed"
+
+
+_INSTALL = {
+    "native": "; native: install a C++ compiler, then headrace again",
+    "torch": "; torch: pip install 'headrace[torch]'",
+}
+
+
+def _quant(config: EngineConfig, backend: str) -> tuple[str, str]:
+    """(quant, why)"""
+    if config.quant != "auto":
+        if backend != "native" and config.quant != "none":
+            raise InvalidParameter("quant", config.quant, f"auto or none on the {backend} backend")
+        return config.quant, ""
+    if backend != "native":
+        return "none", f"the {backend} backend computes with plain numbers"
+    if config.dtype != "auto":
+        return "none", "a dtype is set"
+    return "stored", "the fewest bytes, without a rounding of weights"
+
+
+def _kv_dtype(config: EngineConfig, backend: str, dtype: str) -> tuple[str, str]:
+    """(kv_dtype, why)"""
+    allowed = ("float32", "bfloat16", "int8") if backend == "native" else (dtype,)
+    if config.kv_dtype != "auto":
+        if config.kv_dtype not in allowed:
+            raise InvalidParameter("kv_dtype", config.kv_dtype, f"auto, {', '.join(allowed)} on the {backend} backend")
+        return config.kv_dtype, ""
+    return (dtype, "as dtype") if dtype in allowed else ("float32", f"no {dtype} on the {backend} backend")
 
 
 def _batch_limits(config: EngineConfig) -> tuple[int, int]:

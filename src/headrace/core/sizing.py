@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from headrace.core.spec import ModelSpec
 
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4
 
 
 def kv_values_per_token(spec: ModelSpec) -> int:
@@ -15,7 +16,9 @@ def kv_values_per_token(spec: ModelSpec) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
-    return kv_values_per_token(spec) * DTYPE_BYTES[dtype]
+    """int8 has a scale for each key and each value of a head."""
+    scales = sum(2 * layer.attention.kv_heads for layer in spec.layers) if dtype == "int8" else 0
+    return kv_values_per_token(spec) * DTYPE_BYTES[dtype] + SCALE_BYTES * scales
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -10,12 +10,22 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from headrace.core.config import Hardware
 
 ROOT = Path("/")
 UNLIMITED = 1 << 60
+
+
+NEEDS = {"native": "headrace.backends.native._kernels", "torch": "torch"}
+"""Backend -> the module without which it cannot run; the best on a CPU first."""
+
+
+def installed_backends() -> tuple[str, ...]:
+    """What `auto` may choose from. Imports none of them."""
+    return tuple(name for name, module in NEEDS.items() if find_spec(module) is not None)
 
 
 def read_text(path: Path) -> str | None:
@@ -95,7 +105,7 @@ def probe_hardware(root: Path = ROOT) -> Hardware:
     if quota is not None:
         # More threads than the quota pays for make each of them wait for the others.
         cores = min(cores, max(1, math.floor(quota)))
-    return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes(root))
+    return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes(root), backends=installed_backends())
 
 
 def peak_rss_bytes() -> int:

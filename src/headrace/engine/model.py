@@ -172,6 +172,8 @@ class OpenModel:
         config = self.config
         options = BackendOptions(
             dtype=config.dtype,
+            quant=config.quant,
+            kv_dtype=config.kv_dtype,
             threads=config.threads,
             block_size=config.block_size,
             num_blocks=config.num_blocks,
@@ -180,7 +182,8 @@ class OpenModel:
             max_model_len=config.max_model_len,
         )
         backend, capacity = self.load_backend(config.backend, options, on_progress)
-        identity = f"{self.checkpoint.fingerprint()}/{config.backend}/{config.dtype}"
+        arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
+        identity = f"{self.checkpoint.fingerprint()}/{arithmetic}"
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
         scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
@@ -218,8 +221,10 @@ def _counted(
 
 def create_backend(name: str) -> Backend:
     """An unloaded backend. Raises BackendUnavailable if what it needs is not installed."""
-    if name != "torch":
-        raise BackendUnavailable(f"backend: {name} is not part of this version, allowed: torch")
+    if name == "native":
+        from headrace.backends.native.backend import NativeBackend
+
+        return NativeBackend()
     try:
         from headrace.backends.torch.backend import TorchBackend
     except ModuleNotFoundError as error:

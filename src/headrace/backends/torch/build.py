@@ -1,4 +1,4 @@
-"""From a ModelSpec to its layers: what is refused, what the layers share, and which part each field becomes."""
+"""From a ModelSpec to its layers: what the layers share, and which part each field becomes."""
 
 from __future__ import annotations
 
@@ -7,45 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headrace.backends.torch import ops
 from headrace.backends.torch.layers import Attention, GatedMlp, Mlp, Parallel, PlainMlp, Sequential, after, as_is
 from headrace.backends.torch.moe import Experts
 from headrace.backends.torch.parameters import Linear, Norm, Slots
-from headrace.backends.torch.rope import SCALINGS
-from headrace.core.errors import UnsupportedModel
-from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
 from headrace.models.names import layer as name_in_layer
-
-
-def refuse_unsupported(spec: ModelSpec) -> None:
-    """Raises UnsupportedModel naming the first field whose value this backend does not run."""
-    if not spec.layers:
-        raise UnsupportedModel("layers: none, at least one is needed")
-    faults = [
-        ("embedding.learned_positions", spec.embedding.learned_positions is not None),
-        ("vision", spec.vision is not None),
-    ]
-    for one in spec.layers:
-        attention, mlp, norms = one.attention, one.mlp, one.norms
-        rope, experts = attention.rope, mlp.experts
-        others = (norms.post_attn, norms.pre_mlp, norms.post_mlp)
-        head_norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-        faults += [
-            ("attention.alibi", attention.alibi),
-            ("attention.heads that kv_heads does not divide", bool(attention.heads % attention.kv_heads)),
-            ("attention.q_norm or k_norm over all heads", any(n.width != attention.head_dim for n in head_norms)),
-            ("attention.rope wider than a head", rope is not None and rope.dim > attention.head_dim),
-            ("rope.scaling", rope is not None and rope.scaling is not None and rope.scaling.kind not in SCALINGS),
-            ("mlp.activation", mlp.activation not in ops.ACTIVATIONS),
-            ("mlp.experts with biases", experts is not None and mlp.bias),
-            ("mlp.experts.shared_intermediate", experts is not None and experts.shared_intermediate is not None),
-            ("norms.pre_attn = none", norms.pre_attn is None),
-            ("norms.pre_mlp = none", norms.pre_mlp is None and not one.parallel),
-            ("norms beside pre_attn in a parallel layer", one.parallel and others != (None, None, None)),
-        ]
-    for name, refused in faults:
-        if refused:
-            raise UnsupportedModel(f"the torch backend does not run {name} (model {spec.name})")
 
 
 @dataclass(slots=True)

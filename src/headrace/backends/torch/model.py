@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.backends.rows import Batch, IntArray
+from headrace.backends.support import refuse_unsupported
 from headrace.backends.torch import ops
 from headrace.backends.torch.adapters import RowAdapters, load_adapter
 from headrace.backends.torch.attention import Meeting, meeting
-from headrace.backends.torch.build import Builder, refuse_unsupported
+from headrace.backends.torch.build import Builder
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.layers import Step
 from headrace.backends.torch.parameters import Slots
@@ -46,7 +47,7 @@ class Decoder:
         row_multiple: int,
     ) -> None:
         """Raises UnsupportedModel naming the field that is not run, and WeightsMismatch."""
-        refuse_unsupported(spec)
+        refuse_unsupported(spec, "torch")
         self.spec = spec
         self._row_multiple = row_multiple
         slots = Slots(dtype)

@@ -1,0 +1,11 @@
+// The parts of the Python module `headrace.backends.native._kernels`.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_weights(nanobind::module_& m);
+void bind_rows(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);
+void bind_sampling(nanobind::module_& m);
+void bind_program(nanobind::module_& m);
+void bind_session(nanobind::module_& m);

@@ -1,0 +1,121 @@
+// A model as a list of operations over a workspace, and the threads that run them.
+//
+//   program    made once from a ModelSpec (backends/native/program.py); holds weights and settings, is not written to
+//              while it runs
+//   workspace  the activations, threads and clocks of one caller: two callers with one each can run at the same time
+//   run        all threads walk down the list together. An operation has phases, a phase has items, which go to
+//              whoever is free; what an item computes does not depend on who computes it. Between two phases is a
+//              barrier, and a phase of one item is done by whoever comes to the barrier last.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pack.h"
+#include "pool.h"
+#include "table.h"
+
+namespace headrace {
+
+class Workspace;
+
+// What the operations of one run share.
+struct Step {
+  int32_t tokens = 0;
+  const int32_t* ids = nullptr;        // [tokens]
+  const int32_t* positions = nullptr;  // [tokens]
+  const int64_t* slots = nullptr;      // [tokens] where keys and values go
+  const int32_t* adapters = nullptr;   // [tokens] number of the LoRA adapter or -1; null: no token has one
+  const Span* spans = nullptr;
+  int32_t num_spans = 0;
+  const int32_t* places = nullptr;  // [tokens] for the head: which tokens of the step before it
+};
+
+class Operation {
+ public:
+  virtual ~Operation() = default;
+  // Before a run, by one thread.
+  virtual void prepare(const Step&, Workspace&) const {}
+  virtual int32_t phases(const Step&) const { return 1; }
+  // May depend on what earlier phases found.
+  virtual int64_t items(const Step&, const Workspace&, int32_t phase) const = 0;
+  virtual void run(const Step&, Workspace&, int32_t phase, int64_t item, int32_t thread) const = 0;
+};
+
+// A table of activations, a row a token.
+struct BufferSpec {
+  int32_t width;
+  bool quantised;        // also kept as int8
+  int32_t rows_a_token;  // experts: as many as a token has
+  bool head;             // rows are those whose logits are wanted, not the step's tokens
+};
+
+// One caller's memory and threads.
+class Workspace {
+ public:
+  Workspace(const Kernels& kernels, int32_t threads, int32_t max_tokens, int32_t head_rows,
+            const std::vector<BufferSpec>& buffers, int64_t num_phases);
+
+  float* row(int32_t buffer, int64_t row) { return buffers_[buffer].values + row * buffers_[buffer].width; }
+  int32_t width(int32_t buffer) const { return buffers_[buffer].width; }
+  QuantRows quantised(int32_t buffer, int64_t row);
+  ThreadPool& pool() { return pool_; }
+  const Kernels& kernels() const { return kernels_; }
+  int64_t bytes() const;
+
+  // For operations whose work is known only in the step, by their own number.
+  std::vector<std::unique_ptr<struct State>> states;
+  // Cycles of each phase so far: counted from the end of the one before.
+  std::vector<uint64_t> cycles;
+
+ private:
+  friend class Program;
+  struct Buffer {
+    int32_t width;
+    float* values;
+    QuantRows quantised;
+    std::vector<Bytes> memory;
+  };
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+  const Kernels& kernels_;
+  std::vector<Buffer> buffers_;
+  std::vector<Counter> counters_;
+  ThreadPool pool_;
+};
+
+// What an operation keeps in a workspace.
+struct State {
+  virtual ~State() = default;
+};
+
+class Program {
+ public:
+  explicit Program(const Kernels& kernels) : kernels_(kernels) {}
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  const Kernels& kernels() const { return kernels_; }
+  int32_t add_buffer(BufferSpec spec);
+  // Returns its number. `max_phases`: as many as it can have.
+  int32_t add(std::unique_ptr<Operation> operation, int32_t max_phases);
+  std::unique_ptr<Workspace> workspace(int32_t threads, int32_t max_tokens, int32_t head_rows) const;
+  int32_t size() const { return static_cast<int32_t>(operations_.size()); }
+  // Operations [begin, end).
+  void run(const Step& step, Workspace& workspace, int32_t begin, int32_t end) const;
+  // Where the phases of each operation begin in Workspace::cycles.
+  const std::vector<int32_t>& first_phases() const { return first_phases_; }
+
+ private:
+  const Kernels& kernels_;
+  std::vector<BufferSpec> buffers_;
+  std::vector<std::unique_ptr<Operation>> operations_;
+  std::vector<int32_t> first_phases_;
+  int32_t num_phases_ = 0;
+};
+
+}  // namespace headrace

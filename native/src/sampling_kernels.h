@@ -1,0 +1,52 @@
+// The sampler's loops over a vocabulary, compiled once an instruction set (isa/sampling.h). Each works on
+// plain arrays and knows nothing of requests; "weight" is e^((value - peak) / temperature), 1 for the
+// likeliest.
+#pragma once
+
+#include <cstdint>
+
+namespace headrace {
+
+// Ids whose noise is made and tested together.
+constexpr int32_t kNoiseChunk = 256;
+
+// Values of which `group_maxima` takes one maximum.
+constexpr int32_t kMaximaGroup = 16;
+
+struct Peak {
+  float value;    // the largest; -inf where all are
+  int32_t index;  // its lowest index
+  bool finite;    // no NaN, no +inf; value and index mean nothing where there is one
+};
+
+struct SamplingKernels {
+  Peak (*find_peak)(const float* values, int32_t count);
+
+  // The largest of at least one value, none of them NaN.
+  float (*largest)(const float* values, int32_t count);
+
+  // ceil(count / 256) × 16 maxima, each over at most 16 of the values, every value in one of them; -inf over
+  // none.
+  void (*group_maxima)(const float* values, int32_t count, float* maxima);
+
+  // The values at or above the floor, in order, with their indices; `indices` may be null. Returns how many.
+  // The outputs have room for `count`.
+  int32_t (*collect)(const float* values, int32_t count, float floor, int32_t* indices, float* found);
+
+  // -inf for each value whose bit (little-endian within a byte) is 0.
+  void (*apply_mask)(float* values, const uint8_t* bits, int32_t count);
+
+  // Float64 weights, to within 2 units in the last place where they are above 1e-307; 3e-308 below.
+  double (*sum_weights)(const float* values, int32_t count, double peak, double inverse_temperature);
+  void (*weights)(const float* values, int32_t count, double peak, double inverse_temperature, double* out);
+
+  // The random words of kNoiseChunk ids, from `first_id` on, a multiple of 4.
+  void (*noise_words)(uint64_t seed, uint64_t position, int32_t first_id, uint32_t* words);
+
+  // Indices of the values that may reach a score; all that do are among them. count ≤ kNoiseChunk; `lead` is
+  // e^(score - peak / temperature). Returns how many.
+  int32_t (*contenders)(const float* values, const uint32_t* words, int32_t count, float peak,
+                        float inverse_temperature, float lead, int32_t* indices);
+};
+
+}  // namespace headrace

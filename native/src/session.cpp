@@ -1,0 +1,328 @@
+#include "session.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "kv.h"
+
+namespace headrace {
+
+namespace {
+
+constexpr int32_t kHeadRows = 64;  // rows of logits that are there at one time
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+}  // namespace
+
+// ---------------------------------------------------------------- keys and values
+
+void KvStore::add_layer(int32_t kv_heads, int32_t head_dim) {
+  auto layer = std::make_unique<Layer>(Layer{{nullptr, nullptr, nullptr, nullptr, type_, kv_heads, head_dim, block_size_,
+                                              num_blocks_},
+                                             {}});
+  KvLayer& kv = layer->kv;
+  const auto memory = [&](int64_t size) {
+    layer->memory.emplace_back(size);
+    return layer->memory.back().data();
+  };
+  kv.keys = memory(num_blocks_ * block_keys(kv) * element_bytes(type_));
+  kv.values = memory(num_blocks_ * block_values(kv) * element_bytes(type_));
+  if (const int64_t scales = num_blocks_ * block_scales(kv); scales > 0) {
+    kv.key_scales = reinterpret_cast<float*>(memory(4 * scales));
+    kv.value_scales = reinterpret_cast<float*>(memory(4 * scales));
+  }
+  layers_.push_back(std::move(layer));
+}
+
+void KvStore::copy(int32_t source, int32_t target) {
+  if (std::min(source, target) < 0 || std::max(source, target) >= num_blocks_) {
+    refuse("block " + text(source) + " is copied to " + text(target) + ", there are " + text(num_blocks_));
+  }
+  for (const auto& layer : layers_) {
+    for (Bytes& part : layer->memory) {
+      const int64_t size = part.size() / num_blocks_;
+      std::memcpy(part.data() + target * size, part.data() + source * size, static_cast<size_t>(size));
+    }
+  }
+}
+
+int64_t KvStore::bytes() const {
+  int64_t total = 0;
+  for (const auto& layer : layers_) {
+    for (const Bytes& part : layer->memory) total += part.size();
+  }
+  return total;
+}
+
+// ---------------------------------------------------------------- rows
+
+Session::Session(std::shared_ptr<const Program> program, std::shared_ptr<KvStore> kv, Limits limits, int32_t threads,
+                 int32_t head, int32_t logits)
+    : program_(std::move(program)),
+      kv_(std::move(kv)),
+      limits_(limits),
+      head_(head),
+      logits_(logits),
+      head_rows_(std::max(kHeadRows, limits.max_rows)),
+      workspace_(program_->workspace(threads, limits.max_tokens, head_rows_)),
+      rows_(static_cast<size_t>(limits.max_rows)) {
+  for (int32_t i = 0; i < threads; ++i) scratch_.emplace_back(program_->kernels().sampling, limits.vocab);
+}
+
+Session::Row& Session::row(int32_t index) {
+  if (index < 0 || index >= limits_.max_rows || !rows_[static_cast<size_t>(index)].live) {
+    refuse("the plan names row " + text(index) + ", where no request is");
+  }
+  return rows_[static_cast<size_t>(index)];
+}
+
+void Session::admit(int32_t index, std::vector<int32_t> tokens, int32_t num_prompt, RowSampling sampling,
+                    int32_t adapter) {
+  if (index < 0 || index >= limits_.max_rows || rows_[static_cast<size_t>(index)].live) {
+    refuse("row " + text(index) + " is not free");
+  }
+  const auto count = static_cast<int64_t>(tokens.size());
+  if (count < 1 || count > limits_.max_model_len || num_prompt < 1 || num_prompt > count) {
+    refuse("row " + text(index) + " is admitted with " + text(num_prompt) + " prompt tokens of " + text(count));
+  }
+  for (const int32_t id : tokens) {
+    if (id < 0 || id >= limits_.vocab) {
+      refuse("row " + text(index) + " is admitted with token " + text(id) + ", the vocabulary has " + text(limits_.vocab));
+    }
+  }
+  rows_[static_cast<size_t>(index)] = {true, std::move(tokens), {}, std::move(sampling), adapter};
+}
+
+void Session::release(int32_t index) { row(index) = Row(); }
+
+void Session::append_blocks(int32_t index, const std::vector<int32_t>& blocks) {
+  Row& one = row(index);
+  const int64_t most = (limits_.max_model_len + kv_->block_size() - 1) / kv_->block_size();
+  if (static_cast<int64_t>(one.blocks.size() + blocks.size()) > most) {
+    refuse("row " + text(index) + " gets more blocks than the longest sequence needs");
+  }
+  for (const int32_t block : blocks) {
+    if (block < 0 || block >= kv_->num_blocks()) {
+      refuse("row " + text(index) + " gets a block outside 0 … " + text(kv_->num_blocks() - 1));
+    }
+    one.blocks.push_back(block);
+  }
+}
+
+void Session::ask(Ask ask) {
+  const Row& one = row(ask.row);
+  const auto known = static_cast<int64_t>(one.tokens.size());
+  const int64_t stop = static_cast<int64_t>(ask.start) + ask.length;
+  const auto drafts = static_cast<int64_t>(ask.drafts.size());
+  if (ask.start < 0 || ask.length < 1 || stop > known) {
+    refuse("row " + text(ask.row) + " has " + text(known) + " tokens, the plan wants " + text(ask.start) + " to " +
+           text(stop));
+  }
+  if ((ask.sample || drafts > 0) && stop != known) {
+    refuse("row " + text(ask.row) + " cannot sample after token " + text(stop) + " of " + text(known));
+  }
+  if (drafts > 0 && !ask.sample) refuse("row " + text(ask.row) + " has drafts but does not sample");
+  const int64_t held = static_cast<int64_t>(one.blocks.size()) * kv_->block_size();
+  if (stop + drafts > held) {
+    refuse("row " + text(ask.row) + " has " + text(static_cast<int64_t>(one.blocks.size())) + " blocks for " +
+           text(stop + drafts) + " tokens");
+  }
+  for (const int32_t id : ask.drafts) {
+    if (id < 0 || id >= limits_.vocab) {
+      refuse("row " + text(ask.row) + " has draft " + text(id) + ", the vocabulary has " + text(limits_.vocab));
+    }
+  }
+  int64_t tokens = ask.length + drafts;
+  for (const Ask& other : asks_) tokens += other.length + static_cast<int64_t>(other.drafts.size());
+  if (tokens > limits_.max_tokens) {
+    refuse("the plan has " + text(tokens) + " tokens or more, a step computes " + text(limits_.max_tokens));
+  }
+  asks_.push_back(std::move(ask));
+}
+
+// ---------------------------------------------------------------- a step
+
+void Session::lay_out(std::vector<Span>& spans) {
+  ids_.clear();
+  positions_.clear();
+  adapters_.clear();
+  slots_.clear();
+  any_adapter_ = false;
+  const int32_t size = kv_->block_size();
+  for (const Ask& ask : asks_) {
+    Row& one = rows_[static_cast<size_t>(ask.row)];
+    // Drafts stand after the known tokens while the step runs, so that each position's past is one array.
+    one.tokens.insert(one.tokens.end(), ask.drafts.begin(), ask.drafts.end());
+    const int32_t count = ask.length + static_cast<int32_t>(ask.drafts.size());
+    spans.push_back({static_cast<int32_t>(ids_.size()), count, ask.start + count, one.blocks.data()});
+    any_adapter_ |= one.adapter >= 0;
+    for (int32_t position = ask.start; position < ask.start + count; ++position) {
+      ids_.push_back(one.tokens[static_cast<size_t>(position)]);
+      positions_.push_back(position);
+      adapters_.push_back(one.adapter);
+      slots_.push_back(static_cast<int64_t>(one.blocks[static_cast<size_t>(position / size)]) * size + position % size);
+    }
+  }
+}
+
+std::vector<Session::Wanted> Session::wanted() const {
+  std::vector<Wanted> found;
+  int32_t first = 0;
+  for (size_t i = 0; i < asks_.size(); ++i) {
+    const Ask& ask = asks_[i];
+    const int32_t num_prompt = rows_[static_cast<size_t>(ask.row)].sampling.num_prompt;
+    const int32_t count = ask.length + static_cast<int32_t>(ask.drafts.size());
+    for (int32_t offset = 0; offset < count; ++offset) {
+      const bool sample = ask.sample && offset >= ask.length - 1;
+      const bool score = ask.score_prompt && offset < ask.length && ask.start + offset + 1 < num_prompt;
+      if (sample || score || ask.logits) {
+        found.push_back({first + offset, static_cast<int32_t>(i), ask.start + offset, sample, score, ask.logits});
+      }
+    }
+    first += count;
+  }
+  return found;
+}
+
+std::vector<Answer> Session::run() {
+  const auto began = Clock::now();
+  std::vector<Answer> answers(asks_.size());
+  std::vector<std::vector<SampleOutcome>> sampled(asks_.size());
+  std::vector<Span> spans;
+  lay_out(spans);
+  const Step step{
+      .tokens = static_cast<int32_t>(ids_.size()),
+      .ids = ids_.data(),
+      .positions = positions_.data(),
+      .slots = slots_.data(),
+      .adapters = any_adapter_ ? adapters_.data() : nullptr,
+      .spans = spans.data(),
+      .num_spans = static_cast<int32_t>(spans.size()),
+  };
+  const std::vector<Wanted> wants = wanted();
+  prepare_s = seconds_since(began);
+  sample_s = 0.0;
+  const auto forward = Clock::now();
+  if (step.tokens > 0) program_->run(step, *workspace_, 0, head_);
+  head(wants, answers, sampled);
+  forward_s = seconds_since(forward) - sample_s;
+  for (size_t i = 0; i < asks_.size(); ++i) {
+    Row& one = rows_[static_cast<size_t>(asks_[i].row)];
+    one.tokens.resize(one.tokens.size() - asks_[i].drafts.size());
+    accept(asks_[i], sampled[i], answers[i]);
+  }
+  asks_.clear();
+  return answers;
+}
+
+void Session::head(const std::vector<Wanted>& wanted, std::vector<Answer>& answers,
+                   std::vector<std::vector<SampleOutcome>>& sampled) {
+  const auto vocab = static_cast<size_t>(limits_.vocab);
+  std::vector<int32_t> places, adapters;
+  std::vector<SampleOutcome> outcomes, scores;
+  for (size_t begin = 0; begin < wanted.size(); begin += static_cast<size_t>(head_rows_)) {
+    const size_t count = std::min(wanted.size() - begin, static_cast<size_t>(head_rows_));
+    places.clear();
+    adapters.clear();
+    for (size_t i = begin; i < begin + count; ++i) {
+      places.push_back(wanted[i].place);
+      adapters.push_back(adapters_[static_cast<size_t>(wanted[i].place)]);
+    }
+    const Step step{
+        .tokens = static_cast<int32_t>(count),
+        .adapters = any_adapter_ ? adapters.data() : nullptr,
+        .places = places.data(),
+    };
+    program_->run(step, *workspace_, head_, program_->size());
+    const auto began = Clock::now();
+    outcomes.assign(count, {});
+    scores.assign(count, {});
+    std::atomic<size_t> next{0};
+    const auto work = [&](int32_t thread) {
+      for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+        const Wanted& one = wanted[begin + i];
+        const Ask& ask = asks_[static_cast<size_t>(one.ask)];
+        const Row& row = rows_[static_cast<size_t>(ask.row)];
+        const float* logits = workspace_->row(logits_, static_cast<int64_t>(i));
+        SampleScratch& scratch = scratch_[static_cast<size_t>(thread)];
+        if (one.score) {
+          scores[i] = score_row(logits, row.tokens[static_cast<size_t>(one.position) + 1], row.sampling.prompt_logprobs,
+                                scratch);
+        }
+        if (!one.sample) continue;
+        const auto which = static_cast<size_t>(one.position - (ask.start + ask.length - 1));
+        const size_t positions = 1 + ask.drafts.size();
+        const size_t size = (ask.mask.size() + positions - 1) / positions;
+        const size_t first = std::min(which * size, ask.mask.size());
+        outcomes[i] = sample_row(
+            logits, row.sampling, row.tokens.data(), one.position + 1,
+            ask.has_mask ? reinterpret_cast<const uint8_t*>(ask.mask.data()) + first : nullptr,
+            static_cast<int64_t>(std::min(size, ask.mask.size() - first)), scratch);
+      }
+    };
+    if (count == 1) {
+      work(0);
+    } else {
+      workspace_->pool().run(work);
+    }
+    for (size_t i = 0; i < count; ++i) {
+      const Wanted& one = wanted[begin + i];
+      Answer& answer = answers[static_cast<size_t>(one.ask)];
+      if (one.sample) sampled[static_cast<size_t>(one.ask)].push_back(outcomes[i]);
+      if (one.score) {
+        answer.prompt_logprobs.push_back(scores[i].logprobs);
+        if (answer.fault == SampleFault::none) answer.fault = scores[i].fault;
+      }
+      if (one.keep) {
+        const float* logits = workspace_->row(logits_, static_cast<int64_t>(i));
+        answer.logits.insert(answer.logits.end(), logits, logits + vocab);
+        answer.has_logits = true;
+      }
+    }
+    sample_s += seconds_since(began);
+  }
+}
+
+// Drafts are kept while each is the token that was sampled before it. A draft is a guess: what goes wrong behind one
+// costs only what was sampled there.
+void Session::accept(const Ask& ask, const std::vector<SampleOutcome>& sampled, Answer& answer) {
+  if (answer.fault != SampleFault::none) return;
+  Row& one = rows_[static_cast<size_t>(ask.row)];
+  for (size_t i = 0; i < sampled.size(); ++i) {
+    const SampleOutcome& outcome = sampled[i];
+    if (outcome.fault != SampleFault::none) {
+      if (i == 0) {
+        answer.fault = outcome.fault;
+        answer.detail = outcome.detail;
+      } else {
+        --answer.accepted;
+      }
+      break;
+    }
+    answer.tokens.push_back(outcome.token);
+    if (outcome.has_logprobs) answer.logprobs.push_back(outcome.logprobs);
+    if (i == ask.drafts.size() || outcome.token != ask.drafts[i]) break;
+    ++answer.accepted;
+  }
+  if (answer.has_logits && !ask.sample) {
+    const bool finite = std::all_of(answer.logits.begin(), answer.logits.end(), [](float x) { return std::isfinite(x); });
+    if (!finite) answer.fault = SampleFault::not_finite;
+  }
+  if (answer.fault != SampleFault::none) return;
+  // Ids past the longest sequence are dropped: no plan can ever compute them.
+  const size_t room = static_cast<size_t>(limits_.max_model_len) - one.tokens.size();
+  one.tokens.insert(one.tokens.end(), answer.tokens.begin(),
+                    answer.tokens.begin() + static_cast<int64_t>(std::min(room, answer.tokens.size())));
+}
+
+}  // namespace headrace
