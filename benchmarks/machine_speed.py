@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -146,6 +147,27 @@ def numpy_passes(size: int, threads: int, passes: int) -> list[float]:
             worker.join()
         seconds.append(time.perf_counter() - began)
     return seconds
+
+
+def busy_seconds() -> float | None:
+    """Processor time that everything on this machine has used so far, steal by other machines included; None where
+    the system does not say."""
+    try:
+        words = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, interrupts, soft_interrupts, steal = map(int, words[1:9])
+    return (user + nice + system + interrupts + soft_interrupts + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(limit_cores: float, end_s: float) -> None:
+    """Returns once less than this many cores were busy for a second, or at `end_s` (of time.monotonic)."""
+    while time.monotonic() < end_s:
+        before = busy_seconds()
+        time.sleep(1.0)
+        after = busy_seconds()
+        if before is None or after is None or after - before < limit_cores:
+            return
 
 
 def canary() -> float:

@@ -41,6 +41,17 @@ def bound_share(result: WorkResult, row: Row) -> float | None:
     return None if gb_s is None else Spread.of(values(row, result.work.figures[0])).median / (gb_s * 1e9 / size)
 
 
+def against_best(result: WorkResult, row: Row) -> str:
+    """For each figure, how many times as good as the peer that is best at it."""
+    said = []
+    for figure in result.work.figures:
+        best = best_peer(result, figure)
+        found = None if best is None else ratios(row, best, figure)
+        if best is not None and found is not None:
+            said.append(f"{figure.title} {spread_text(found, 2)} × {best.spec.name}")
+    return "; ".join(said) or "nothing to compare"
+
+
 def spread_text(spread: Spread | None, digits: int) -> str:
     if spread is None:
         return DASH
@@ -96,6 +107,7 @@ def notes(result: WorkResult) -> list[str]:
     """What the reader of the table must know, a line each."""
     rows = result.rows
     said = [f"- {row.spec.name}: {row.error}" for row in rows if row.error]
+    said += [f"- {row.spec.name} against the best peer: {against_best(result, row)}" for row in rows if row.spec.ours]
     if any(not row.spec.keeps_to(result.isa) for row in rows):
         said.append(f"- * uses newer instructions than {result.isa} and cannot be told not to; no best peer here")
     static = [row.spec.name for row in rows if row.loaded.get("scheduling") == "static"]
@@ -103,6 +115,9 @@ def notes(result: WorkResult) -> list[str]:
         said.append(f"- static batches (who comes while one runs waits for its end): {', '.join(static)}")
     if result.canary_s:
         said.append(f"- canary loop: {spread_text(Spread.of([1000 * one for one in result.canary_s]), 1)} ms")
+    others = [one["other_cores"] for row in rows for one in row.rounds if "other_cores" in one]
+    if others:
+        said.append(f"- cores busy with something else during the runs: {spread_text(Spread.of(others), 2)}")
     busy = [(row.spec.name, [one["busy_cores"] for one in row.rounds]) for row in rows if row.rounds]
     said.append("- cores kept busy: " + ", ".join(f"{name} {Spread.of(cores).median:.2f}" for name, cores in busy))
     return said

@@ -11,6 +11,7 @@ SEED = 20260
 FIRST_ID, LAST_ID = 100, 40000
 """Prompts are random ids from this range, which every model here has."""
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
+WARM_UP_TOKENS = 8
 NAMES = ("start", "single", "prefill", "batch", "staggered", "sampling", "context")
 GREEDY: Mapping[str, float] = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
 SAMPLED: Mapping[str, float] = {"temperature": 1.0, "top_p": 0.9, "seed": 1}
@@ -37,7 +38,7 @@ class Work:
     gap_s: float = 0.0
     """Between two arrivals."""
     sampled: bool = False
-    """Top-p sampling instead of greedy."""
+    """Top-p sampling; each run comes after a greedy one of the same process, to which it is compared."""
     fresh: bool = False
     """Whether each run has a process of its own, whose start counts."""
 
@@ -50,15 +51,24 @@ class Work:
         """Whether a step computes one row, so that reading the weights bounds its speed."""
         return len(self.prompts) == 1 and self.figures[0].key == "decode_tok_s"
 
-    def task(self, max_tokens: int | None = None, together: bool = False) -> dict[str, Any]:
-        """The protocol's `run`; `max_tokens`: fewer than the work's; `together`: without gaps (a warm-up)."""
-        count = self.max_tokens if max_tokens is None else min(max_tokens, self.max_tokens)
-        gap_s = 0.0 if together else self.gap_s
+    def task(self) -> dict[str, Any]:
+        """The protocol's `run`."""
+        return self._task(self.max_tokens, self.gap_s, SAMPLED if self.sampled else GREEDY)
+
+    def greedy_task(self) -> dict[str, Any]:
+        """The same, greedy."""
+        return self._task(self.max_tokens, self.gap_s, GREEDY)
+
+    def warm_up_task(self) -> dict[str, Any]:
+        """All at once, with short answers."""
+        return self._task(min(WARM_UP_TOKENS, self.max_tokens), 0.0, SAMPLED if self.sampled else GREEDY)
+
+    def _task(self, count: int, gap_s: float, sampling: Mapping[str, float]) -> dict[str, Any]:
         requests = [
             {"id": str(index), "token_ids": list(prompt), "max_tokens": count, "at_s": index * gap_s}
             for index, prompt in enumerate(self.prompts)
         ]
-        return {"op": "run", "requests": requests, "sampling": dict(SAMPLED if self.sampled else GREEDY)}
+        return {"op": "run", "requests": requests, "sampling": dict(sampling)}
 
 
 DECODE = Figure("decode_tok_s", "decode tok/s", 1)
@@ -68,6 +78,7 @@ TTFT = Figure("ttft_s", "first token s", 3, more_is_better=False)
 MAKESPAN = Figure("makespan_s", "makespan s", 2, more_is_better=False)
 LATENCY = Figure("mean_latency_s", "mean latency s", 2, more_is_better=False)
 START = Figure("start_s", "start to first token s", 2, more_is_better=False)
+SHARE = Figure("share_of_greedy", "of its greedy speed", 3)
 MEMORY = Figure("peak_rss_mib", "peak memory MiB", 0, more_is_better=False)
 
 
@@ -100,7 +111,7 @@ def _work(name: str) -> Work:
             return Work(name, title, many, 128, (MAKESPAN, LATENCY, OUTPUT, MEMORY), gap_s=0.1)
         case _:
             title = "the 32 requests at once, top-p 0.9, temperature 1"
-            return Work(name, title, many, 128, (OUTPUT, MAKESPAN, MEMORY), sampled=True)
+            return Work(name, title, many, 128, (OUTPUT, SHARE, MAKESPAN, MEMORY), sampled=True)
 
 
 def _contexts(lengths: Sequence[int]) -> list[Work]:

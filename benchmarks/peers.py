@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers [--setup] [--engines llama.cpp:q4_1 headrace:native ...] [--work single batch ...]
         [--repeats 5] [--threads 2] [--isa native|avx2] [--model demo|llama-0.5b|llama-1.1b|FILE.gguf]
-        [--contexts 128 512 ...] [--json FILE] [--svg FILE]
+        [--contexts 128 512 ...] [--patience S] [--json FILE] [--svg FILE]
 
 A row is ENGINE:PRECISION[,SETTING=VALUE...]; of headrace it is headrace:BACKEND[,file=PRECISION][,SETTING=VALUE...],
 where file is the precision of a GGUF file made from the model (or `hf`, the dequantised folder), and the settings are
@@ -11,8 +11,10 @@ does for one engine; llama.cpp is compiled then, and some gigabytes are download
 
 Works: start, single, prefill, batch, staggered, sampling, context, all. Prompts are exact token ids from a fixed seed;
 answers have a fixed length, greedy but for `sampling`. Engines are loaded together where memory allows, and take turns
-in rotated order; ratios are of the runs of one round. A fixed loop before every run shows other load, and the machine's
-read bandwidth is measured in every round, at the size of each engine's weights.
+in rotated order; ratios are of the runs of one round. A fixed loop before every run and the processor time of all other
+processes during it show other load; with --patience S the runs of a work may wait S seconds in all for a quiet machine
+and be made again where they were disturbed. The read bandwidth is measured in every round, at the size of each engine's
+weights.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), metavar="N")
     parser.add_argument("--setup", action="store_true", help="first make what the rows need and is not there")
+    parser.add_argument(
+        "--patience", type=float, default=0.0, metavar="S", help="seconds for a quiet machine, see above"
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--svg", metavar="FILE")
     arguments = parser.parse_args(argv)
@@ -110,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             cache.prepare(arguments.model, spec)
     fleet = CachedFleet(cache, arguments.model, arguments.threads)
     measured_at = datetime.now(UTC).isoformat(timespec="seconds")
-    bench = Bench(fleet, arguments.isa, arguments.threads, arguments.repeats, say)
+    bench = Bench(fleet, arguments.isa, arguments.threads, arguments.repeats, say, arguments.patience)
     reader = Reader(arguments.threads)
     results: list[WorkResult] = []
     print(f"{arguments.model}, {arguments.threads} threads, {arguments.isa}, {arguments.repeats} rounds\n")

@@ -4,9 +4,11 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "bindings.h"
 #include "pack.h"
@@ -34,21 +36,35 @@ Out2 copy_of(const Floats2& x) {
   return out;
 }
 
-struct Quantised {
-  nb::ndarray<nb::numpy, int8_t, nb::ndim<2>> codes;
-  Out2 scales, sums, counts, halves;
-  QuantRows rows;
-};
+std::vector<uint8_t> quantise(const Kernels& kernels, const Floats2& x) {
+  const auto rows = static_cast<int32_t>(x.shape(0)), width = static_cast<int32_t>(x.shape(1));
+  if (width % kGroup) throw std::invalid_argument("only whole groups are quantised");
+  std::vector<uint8_t> data(static_cast<size_t>(kGroupBytes) * x.shape(0) * x.shape(1) / kGroup);
+  for (int32_t i = 0; i < rows; ++i) {
+    kernels.quantise_row(x.data() + static_cast<size_t>(i) * x.shape(1), {data.data(), rows, width}, i);
+  }
+  return data;
+}
 
-Quantised quantise(const Kernels& kernels, const Floats2& x) {
-  const size_t rows = x.shape(0), groups = x.shape(1) / kGroup;
-  if (x.shape(1) % kGroup) throw std::invalid_argument("only whole groups are quantised");
-  Quantised out{zeros<int8_t>(rows, x.shape(1)), zeros<float>(rows, groups), zeros<float>(rows, groups),
-                zeros<float>(rows, groups), zeros<float>(rows, groups), {}};
-  out.rows = {out.codes.data(),  out.scales.data(), out.sums.data(),
-              out.counts.data(), out.halves.data(), static_cast<int32_t>(x.shape(1))};
-  for (size_t i = 0; i < rows; ++i) kernels.quantise_row(x.data() + i * x.shape(1), out.rows, static_cast<int64_t>(i));
-  return out;
+// Out of the tiles: codes, scales, sums, counts, counts of the first halves.
+nb::tuple unpack(const Kernels& kernels, const std::vector<uint8_t>& data, size_t rows, size_t width) {
+  const size_t groups = width / kGroup, most = static_cast<size_t>(kernels.tile);
+  auto codes = zeros<int8_t>(rows, width);
+  Out2 figures[] = {zeros<float>(rows, groups), zeros<float>(rows, groups), zeros<float>(rows, groups),
+                    zeros<float>(rows, groups)};
+  for (size_t row = 0; row < rows; ++row) {
+    const size_t first = row / most * most, lane = row - first, lanes = std::min(most, rows - first);
+    for (size_t g = 0; g < groups; ++g) {
+      const uint8_t* at = data.data() + static_cast<size_t>(kGroupBytes) * (first * groups + lanes * g) + 4 * lane;
+      for (size_t step = 0; step < 8; ++step) {
+        std::memcpy(codes.data() + row * width + kGroup * g + 4 * step, at + 4 * lanes * step, 4);
+      }
+      for (size_t i = 0; i < 4; ++i) {
+        std::memcpy(figures[i].data() + row * groups + g, at + kGroup * lanes + 4 * lanes * i, sizeof(float));
+      }
+    }
+  }
+  return nb::make_tuple(codes, figures[0], figures[1], figures[2], figures[3]);
 }
 
 Activation activation_named(const std::string& name) {
@@ -65,8 +81,8 @@ void bind_rows(nb::module_& m) {
   m.def(
       "quantise_rows",
       [](const std::string& isa, const Floats2& x) {
-        Quantised out = quantise(kernels_named(isa), x);
-        return nb::make_tuple(out.codes, out.scales, out.sums, out.counts, out.halves);
+        const Kernels& kernels = kernels_named(isa);
+        return unpack(kernels, quantise(kernels, x), x.shape(0), x.shape(1));
       },
       nb::arg("isa"), nb::arg("x"), "(T, K) -> codes, scales, sums, counts, counts of the first halves.");
   m.def(
@@ -83,9 +99,10 @@ void bind_rows(nb::module_& m) {
         }
         Out2 out = zeros<float>(tokens, rows);
         if (y) std::memcpy(out.data(), y->data(), sizeof(float) * tokens * rows);
-        Quantised quantised;
+        std::vector<uint8_t> quantised;
         if (weight.scales != Scales::none) quantised = quantise(kernels, x);
-        kernels.linear({&weight, bias ? bias->data() : nullptr, x.data(), weight.columns, quantised.rows, out.data(),
+        kernels.linear({&weight, bias ? bias->data() : nullptr, x.data(), weight.columns,
+                        {quantised.data(), static_cast<int32_t>(tokens), weight.columns}, out.data(),
                         weight.rows, static_cast<int32_t>(tokens), y ? Store::add : Store::put, scale},
                        begin, end < panels ? end : panels);
         return out;

@@ -5,16 +5,24 @@
 
 #include "table.h"
 
+namespace {
+
+std::vector<std::string> names(const std::vector<const headrace::Kernels*>& kernels) {
+  std::vector<std::string> found;
+  for (const headrace::Kernels* one : kernels) found.emplace_back(one->name);
+  return found;
+}
+
+}  // namespace
+
 NB_MODULE(_kernels, m) {
   m.doc() = "headrace's CPU kernels.";
   m.def(
-      "instruction_sets",
-      [] {
-        std::vector<std::string> names;
-        for (const headrace::Kernels* one : headrace::usable_kernels()) names.emplace_back(one->name);
-        return names;
-      },
-      "What this machine can run of what was built, the fastest last.");
+      "built_instruction_sets", [] { return names(headrace::built_kernels()); },
+      "What the library was built with, the fastest last.");
+  m.def(
+      "instruction_sets", [] { return names(headrace::usable_kernels()); },
+      "What this machine can run of it.");
   bind_weights(m);
   bind_rows(m);
   bind_attention(m);

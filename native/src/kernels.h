@@ -11,15 +11,18 @@ namespace headrace {
 
 constexpr int32_t kGroup = 32;  // activations that share a scale
 
-// Rows of int8 activations: x ≈ scale × code. A row whose input is not finite has scales that are not.
+// Rows of int8 activations: x ≈ scale × code, a scale for each 32 columns. A row whose input is not finite has scales
+// that are not. Rows lie in tiles, as products meet them: `tile` rows (of the instruction set's table) interleaved, the
+// last tile with the few that are left. Of a tile of R rows, each group is
+//   8 steps of R × 4 codes, then R floats each: scales, sums (scale × sum of the codes), counts (sum of the codes), and
+//   halves (sum of the codes of the first 16 columns)
 struct QuantRows {
-  int8_t* codes;    // [rows][width], width a multiple of kGroup
-  float* scales;    // [rows][width / kGroup]
-  float* sums;      // [rows][width / kGroup] scale × sum of the group's codes
-  float* counts;    // [rows][width / kGroup] sum of the group's codes
-  float* halves;    // [rows][width / kGroup] sum of the codes of its first half
-  int32_t width;
+  uint8_t* data;
+  int32_t rows;
+  int32_t width;  // a multiple of kGroup
 };
+
+constexpr int64_t kGroupBytes = kGroup + 4 * sizeof(float);  // of one row
 
 // ---------------------------------------------------------------- weights
 

@@ -77,7 +77,7 @@ struct AttentionWork {
   float* partials;
 };
 
-// Floats of what is known of a row after some keys: 16 sums of weights, the maximum (16 floats for it), weighted values.
+// Floats of what is known of a row after some keys: 16 sums of weights, the maximum (16 times), weighted values.
 static inline int32_t state_floats(int32_t head_dim) { return 32 + round_up(head_dim, 16); }
 
 // Most rows of an item: `group` queries share a KV head.

@@ -37,7 +37,7 @@ void RowOperation::run(const Step& step, Workspace& workspace, int32_t, int64_t 
   for (int64_t i = item * kRows; i < stop; ++i) {
     row(workspace, i);
     if (quantise_ >= 0) {
-      workspace.kernels().quantise_row(workspace.row(quantise_, i), workspace.quantised(quantise_, 0), i);
+      workspace.kernels().quantise_row(workspace.row(quantise_, i), workspace.quantised(quantise_, 0, step.tokens), i);
     }
   }
 }
@@ -116,7 +116,7 @@ void Product::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   for (const auto& layer : layers_) {
     const int32_t panels = static_cast<int32_t>(pieces(layer->weight->weight.rows, kPanel));
     if (begin < panels && end > 0) {
-      run_linear(kernels, *layer, workspace.row(x_, 0), workspace.width(x_), workspace.quantised(x_, 0),
+      run_linear(kernels, *layer, workspace.row(x_, 0), workspace.width(x_), workspace.quantised(x_, 0, step.tokens),
                  workspace.row(y_, 0), workspace.width(y_), step.tokens, store_, scale_, std::max(begin, 0),
                  std::min(end, panels));
     }
@@ -288,7 +288,10 @@ void Experts::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   const Kernels& kernels = workspace.kernels();
   ExpertsState& state = experts_state(workspace, s_.own);
   const auto quantise = [&](int32_t buffer, int64_t row) {
-    kernels.quantise_row(workspace.row(buffer, row), workspace.quantised(buffer, 0), row);
+    const auto expert = static_cast<size_t>(state.expert[static_cast<size_t>(row)]);
+    const int32_t first = state.starts[expert];
+    kernels.quantise_row(workspace.row(buffer, row), workspace.quantised(buffer, first, state.starts[expert + 1] - first),
+                         row - first);
   };
   switch (phase) {
     case 0: return route(step, workspace, item);
@@ -331,7 +334,7 @@ void Experts::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   const int32_t first = state.starts[static_cast<size_t>(index)];
   const int32_t count = state.starts[static_cast<size_t>(index) + 1] - first;
   const auto product = [&](const Linear& layer, int32_t x, int32_t y) {
-    run_linear(kernels, layer, workspace.row(x, first), workspace.width(x), workspace.quantised(x, first),
+    run_linear(kernels, layer, workspace.row(x, first), workspace.width(x), workspace.quantised(x, first, count),
                workspace.row(y, first), workspace.width(y), count, Store::put, 1.0f, begin, end);
   };
   if (phase == 6) return product(*expert.down, s_.activated, s_.answers);

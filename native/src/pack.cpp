@@ -330,6 +330,24 @@ bool round_group(const std::array<float, kGroup>& x, bool eight, bool single, Gr
 
 // ---------------------------------------------------------------- memory
 
+#if defined(HEADRACE_SANITIZE)
+
+// Each weight by itself and on the heap, so that reading one byte too far is seen.
+constexpr int64_t kChunk = 0;
+constexpr std::align_val_t kAlignment{64};
+
+Bytes::Bytes(int64_t size, bool) : size_(size) {
+  const size_t length = static_cast<size_t>(size);
+  data_ = std::unique_ptr<uint8_t, Free>(static_cast<uint8_t*>(::operator new(length, kAlignment)), Free{size});
+  std::memset(data_.get(), 0, length);
+}
+
+void Bytes::Free::operator()(uint8_t* p) const { ::operator delete(p, kAlignment); }
+
+#else
+
+constexpr int64_t kChunk = int64_t{64} << 20;
+
 Bytes::Bytes(int64_t size, bool huge) : size_(size) {
   const size_t length = static_cast<size_t>(std::max<int64_t>(size, 1));
   void* p = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -338,8 +356,12 @@ Bytes::Bytes(int64_t size, bool huge) : size_(size) {
   data_ = std::unique_ptr<uint8_t, Free>(static_cast<uint8_t*>(p), Free{static_cast<int64_t>(length)});
 }
 
+void Bytes::Free::operator()(uint8_t* p) const { munmap(p, static_cast<size_t>(size)); }
+
+#endif
+
 Piece Packer::take(int64_t size) {
-  constexpr int64_t kChunk = int64_t{64} << 20, kLine = 64;
+  constexpr int64_t kLine = 64;
   if (chunk_ == nullptr || used_ + size > chunk_->size()) {
     chunk_ = std::make_shared<Bytes>(std::max(size, kChunk), true);
     used_ = 0;
@@ -348,8 +370,6 @@ Piece Packer::take(int64_t size) {
   used_ += (size + kLine - 1) / kLine * kLine;
   return piece;
 }
-
-void Bytes::Free::operator()(uint8_t* p) const { munmap(p, static_cast<size_t>(size)); }
 
 // ---------------------------------------------------------------- packing
 

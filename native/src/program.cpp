@@ -29,27 +29,23 @@ Workspace::Workspace(const Kernels& kernels, int32_t threads, int32_t max_tokens
   for (const BufferSpec& spec : buffers) {
     const int64_t rows = static_cast<int64_t>(spec.head ? head_rows : max_tokens) * spec.rows_a_token;
     const int64_t values = rows * spec.width;
-    Buffer buffer{spec.width, nullptr, {}, {}};
+    Buffer buffer{spec.width, nullptr, nullptr, {}};
     const auto floats = [&buffer](int64_t count) {
       buffer.memory.emplace_back(static_cast<int64_t>(sizeof(float)) * count);
       return reinterpret_cast<float*>(buffer.memory.back().data());
     };
     buffer.values = floats(values);
     if (spec.quantised) {
-      const int64_t groups = values / kGroup;
-      buffer.memory.emplace_back(values);
-      int8_t* codes = reinterpret_cast<int8_t*>(buffer.memory.back().data());
-      buffer.quantised = {codes, floats(groups), floats(groups), floats(groups), floats(groups), spec.width};
+      buffer.memory.emplace_back(kGroupBytes * (values / kGroup));
+      buffer.quantised = buffer.memory.back().data();
     }
     buffers_.push_back(std::move(buffer));
   }
 }
 
-QuantRows Workspace::quantised(int32_t index, int64_t row) {
-  const QuantRows& all = buffers_[index].quantised;
-  const int64_t groups = row * (all.width / kGroup);
-  return {all.codes + row * all.width, all.scales + groups, all.sums + groups,
-          all.counts + groups,         all.halves + groups, all.width};
+QuantRows Workspace::quantised(int32_t index, int64_t first, int64_t rows) {
+  const Buffer& buffer = buffers_[index];
+  return {buffer.quantised + kGroupBytes * (buffer.width / kGroup) * first, static_cast<int32_t>(rows), buffer.width};
 }
 
 int64_t Workspace::bytes() const {

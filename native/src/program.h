@@ -61,7 +61,8 @@ class Workspace {
 
   float* row(int32_t buffer, int64_t row) { return buffers_[buffer].values + row * buffers_[buffer].width; }
   int32_t width(int32_t buffer) const { return buffers_[buffer].width; }
-  QuantRows quantised(int32_t buffer, int64_t row);
+  // `rows` rows from `first` on, in tiles of their own.
+  QuantRows quantised(int32_t buffer, int64_t first, int64_t rows);
   ThreadPool& pool() { return pool_; }
   const Kernels& kernels() const { return kernels_; }
   int64_t bytes() const;
@@ -76,7 +77,7 @@ class Workspace {
   struct Buffer {
     int32_t width;
     float* values;
-    QuantRows quantised;
+    uint8_t* quantised;
     std::vector<Bytes> memory;
   };
   struct alignas(64) Counter {

@@ -4,6 +4,14 @@
 
 namespace headrace {
 
+std::vector<const Kernels*> built_kernels() {
+  std::vector<const Kernels*> found;
+  for (const Kernels* one : {portable_kernels(), avx2_kernels(), avx512_kernels()}) {
+    if (one != nullptr) found.push_back(one);
+  }
+  return found;
+}
+
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> found{portable_kernels()};
 #if defined(__x86_64__)

@@ -13,6 +13,7 @@ namespace headrace {
 
 struct Kernels {
   const char* name;
+  int32_t tile;  // rows of int8 activations that lie interleaved
   void (*linear)(const LinearArgs&, int32_t begin, int32_t end);
   void (*norm_row)(const NormArgs&, const float* x, float* y);
   void (*activate_row)(Activation, const float* gate, const float* up, int32_t width, float* y);
@@ -28,7 +29,10 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where the library was built without them
 const Kernels* avx512_kernels();  // with VNNI
 
-// What this machine can run, the fastest last.
+// What the library was built with, the fastest last.
+std::vector<const Kernels*> built_kernels();
+
+// Of these, what this machine can run.
 std::vector<const Kernels*> usable_kernels();
 
 // By name. Throws std::invalid_argument.

@@ -121,7 +121,7 @@ class Terminal:
 @pytest.fixture(scope="module")
 def chat(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     """One conversation, which the tests take up in turn."""
-    terminal = Terminal("chat", "demo", *SMALL, state=tmp_path_factory.mktemp("state"))
+    terminal = Terminal("chat", "demo", *SMALL, "--quant", "none", state=tmp_path_factory.mktemp("state"))
     yield terminal
     terminal.process.close(force=True)
 
@@ -129,7 +129,7 @@ def chat(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_greeting_and_first_answer(chat: Terminal) -> None:
     chat.until(lambda: chat.at_prompt)
     assert chat.lines[0] == "SmolLM2-135M-Instruct.Q4_1"
-    assert chat.lines[1] == "torch, float32, 1 thread, context of 512 tokens"
+    assert chat.lines[1] == "native, float32, 1 thread, context of 512 tokens"
     assert "reading weights" in chat.raw and "reading weights" not in chat.text, "a line while it loads, gone after"
     assert chat.say("What is the capital of France?") == "The capital of France is Paris."
     assert SGR.search(chat.raw)
@@ -269,7 +269,7 @@ def test_leaving_keeps_the_history_private(chat: Terminal) -> None:
 def test_sigterm_at_the_prompt_gives_the_terminal_back(demo_path: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("a history cannot be written below a file")
-    terminal = Terminal("chat", "demo", *SMALL, state=blocked, TERM="dumb")
+    terminal = Terminal("chat", "demo", *SMALL, "--quant", "none", state=blocked, TERM="dumb")
     try:
         before = termios.tcgetattr(terminal.process.child_fd)
         terminal.until(lambda: terminal.at_prompt)
@@ -352,4 +352,7 @@ def test_doctor_on_the_demo_model(demo_path: Path) -> None:
         "value": "float32",
         "reason": found["model"]["settings"]["dtype"]["reason"],
     }
-    assert [one["name"] for one in found["backends"] if one["available"]] == ["torch"]
+    assert found["model"]["settings"]["quant"]["value"] == "stored"
+    assert found["model"]["loaded_weight_bytes"] == found["model"]["weight_bytes"] < 10**8
+    assert [one["name"] for one in found["backends"] if one["available"]] == ["native", "torch"]
+    assert found["auto"]["backend"] == found["model"]["settings"]["backend"]["value"] == "native"

@@ -89,7 +89,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def open_driver(backend_name: str) -> Iterator[Callable[..., Driver]]:
     """Loads a checkpoint into a new backend, and closes it in the end. `change` may alter the tensors on their way;
-    `read` makes spec and weight map out of the config, in place of the registry."""
+    `read` makes spec and weight map out of the config, in place of the registry; `backend` is loaded, not a new one."""
     opened: list[Backend] = []
 
     def open_one(
@@ -97,6 +97,7 @@ def open_driver(backend_name: str) -> Iterator[Callable[..., Driver]]:
         *,
         change: Callable[[Any], Any] = lambda tensors: tensors,
         read: Callable[[Any], tuple[ModelSpec, WeightMap]] | None = None,
+        backend: Backend | None = None,
         **options: Any,
     ) -> Driver:
         source = open_checkpoint(path)
@@ -105,7 +106,7 @@ def open_driver(backend_name: str) -> Iterator[Callable[..., Driver]]:
             spec, weight_map = description.spec, description.weight_map
         else:
             spec, weight_map = read(source.config)
-        backend = create_backend(backend_name)
+        backend = backend or create_backend(backend_name)
         opened.append(backend)
         tensors = change(stream(source, weight_map))
         capacity = backend.load(spec, tensors, BackendOptions(**(SIZES | options)), Mesh())

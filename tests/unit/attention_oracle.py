@@ -26,7 +26,13 @@ def padded(n: int) -> int:
     return -(-n // 16) * 16
 
 
-# ---------------------------------------------------------------- rounding
+# ---------------------------------------------------------------- bits, rounding
+
+
+def same_bits(a: F32, b: F32) -> bool:
+    """A NaN equals any other."""
+    a, b = (np.where(np.isnan(x), np.float32(np.nan), x) for x in (a, b))
+    return bool((a.view(np.uint32) == b.view(np.uint32)).all())
 
 
 def to_bf16(x: F32) -> NDArray[np.uint16]:

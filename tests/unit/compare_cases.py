@@ -20,6 +20,7 @@ from headrace.parallel.mesh import Mesh
 from headrace.weights.qtensor import QTensor
 
 MARGIN = 0.25
+REASONS = {"threads": "as set"}
 OUTPUTS = ((5, 6, 7, 8), (9, 10, 11))
 
 Outputs = Sequence[tuple[int, ...]]
@@ -74,7 +75,9 @@ def comparison(
         model="/models/planted.gguf",
         model_name="planted.gguf",
         fingerprint="ab" * 32,
-        config=ResolvedConfig("torch", "bfloat16", "none", "bfloat16", 2, "fused", 16, 64, 512, 32, 512, False, {"threads": "as set"}),
+        config=ResolvedConfig(
+            "torch", "bfloat16", "none", "bfloat16", 2, "fused", 16, 64, 512, 32, 512, False, REASONS
+        ),
         machine=Machine("a CPU", 2, 2**33, "Linux x86_64", "3.11", {"numpy": "2"}),
         measured_at="2026-01-01T00:00:00+00:00",
     )

@@ -34,30 +34,21 @@ def same_bits(found: F32, expected: F32) -> bool:
 # ---------------------------------------------------------------- float32
 
 
-def fma(a: F32, b: F32, c: F32, fused: bool = True) -> F32:
+def fma(a: F32 | np.float32, b: F32 | np.float32, c: F32 | np.float32, fused: bool = True) -> F32:
     """a × b + c in float32: rounded once, or, where not `fused`, twice."""
     if not fused:
-        return a * b + c
-    product = a.astype(np.float64) * b.astype(np.float64)  # exact
-    wide_c = np.asarray(c, np.float64)
-    total = product + wide_c
-    # What the float64 sum lost decides a tie of the second rounding: it is kept in the last bit (round to odd).
-    back = total - product
-    lost = (product - (total - back)) + (wide_c - back)
-    bits = total.view(np.int64)
-    away = (lost > 0) == (total > 0)
-    odd = np.where((lost != 0) & (bits % 2 == 0), bits + np.where(away, 1, -1), bits)
-    exact = np.where(np.isfinite(total), odd.view(np.float64), total)
-    with np.errstate(over="ignore"):
-        return np.asarray(exact).astype(np.float32)
-
-
-def sum_of_lanes(lanes: F32) -> F32:
-    """(…, 16) -> (…): at distance 8, then 4, 2, 1."""
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
+        return np.asarray(a * b + c)
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b.astype(np.float64)  # exact
+        wide_c = np.asarray(c, np.float64)
+        total = product + wide_c
+        # What the float64 sum lost decides a tie of the second rounding: it is kept in the last bit (round to odd).
+        back = total - product
+        lost = (product - (total - back)) + (wide_c - back)
+        bits = total.view(np.int64)
+        away = (lost > 0) == (total > 0)
+        odd = np.where((lost != 0) & (bits % 2 == 0), bits + np.where(away, 1, -1), bits)
+        return np.where(np.isfinite(total), odd.view(np.float64), total).astype(np.float32)
 
 
 # ---------------------------------------------------------------- activations
@@ -96,7 +87,7 @@ def quantise_rows(x_TK: F32) -> Rows:
 class Coded:
     """A weight as a kernel reads it: scale × (code - zero) + minimum.
 
-    codes (N, K), scales (N, K / 32) or, where each half of a group has its own, (N, K / 16), minima (N, K / 32) or None.
+    codes (N, K), scales (N, K / 32) or, where each half of a group has its own, (N, K / 16), minima (N, K / 32).
     """
 
     codes: I64
@@ -106,7 +97,7 @@ class Coded:
 
     @property
     def halves(self) -> bool:
-        return self.scales.shape[1] * GROUP > self.codes.shape[1]
+        return bool(self.scales.shape[1] * GROUP > self.codes.shape[1])
 
 
 _ZEROS = {"q4_0": 8, "q4_1": 0, "q5_0": 16, "q5_1": 0, "q8_0": 128, "q3_K": 4, "q4_K": 0, "q5_K": 0, "q6_K": 32}
@@ -192,7 +183,8 @@ def integer_sums(rows: Rows, weight: Coded) -> I64:
     """(K / 16, T, N): the sum of code × code over each half of a group."""
     x = rows.codes.astype(np.int64).reshape(len(rows.codes), -1, 16)
     w = weight.codes.reshape(len(weight.codes), -1, 16)
-    return np.einsum("tgk,ngk->gtn", x, w)
+    sums: I64 = np.einsum("tgk,ngk->gtn", x, w)
+    return sums
 
 
 def linear(rows: Rows, weight: Coded, fused: bool = True) -> F32:

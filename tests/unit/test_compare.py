@@ -15,18 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headrace.compare.advice import advise
+from headrace.compare.advice import advise, model_text
 from headrace.compare.document import document
 from headrace.compare.files import ReportFile
 from headrace.compare.measure import Claim, batching_bound, judge, run_rounds, time_method
 from headrace.compare.methods import with_base
 from headrace.compare.methods.admission import AdmissionMethod, check_names
 from headrace.compare.report import page
-from headrace.compare.score import CHUNK, Known, kl_divergence, margins, plans, score
+from headrace.compare.score import CHUNK, Known, is_reference, kl_divergence, margins, plans, reference_of, score
 from headrace.compare.table import console, show, show_written
 from headrace.compare.verdict import LOSSLESS_MEAN_KL, first_difference, percent, same_arithmetic, same_model
 from headrace.compare.workloads import TEXT4, Workload
 from headrace.core.errors import EngineError, InvalidParameter
+from headrace.core.resolve import precision_text
 from headrace.core.types import Capacity, EngineLimits
 from headrace.engine.core import EngineCore
 from headrace.sched.policy import parse_policy
@@ -264,6 +265,31 @@ class TestScore:
         table[1, 1] = np.nan
         with pytest.raises(EngineError, match="not finite"):
             score([((1,), (2, 3))], 16, lambda: TableBackend(table), None)
+
+    @pytest.mark.parametrize(
+        ("backend", "dtype", "quant", "kv_dtype", "precision"),
+        [
+            ("native", "float32", "stored", "float32", "weights as stored, float32 KV cache"),
+            ("native", "float32", "none", "int8", "float32, int8 KV cache"),
+            ("native", "float32", "int4", "float32", "weights rounded to int4, float32 KV cache"),
+            ("torch", "bfloat16", "none", "bfloat16", "bfloat16"),
+        ],
+    )
+    def test_the_reference_is_the_same_backend_in_fp32(
+        self, planted, backend: str, dtype: str, quant: str, kv_dtype: str, precision: str
+    ) -> None:
+        config = replace(planted.config, backend=backend, dtype=dtype, quant=quant, kv_dtype=kv_dtype)
+        assert not is_reference(config) and is_reference(reference_of(config))
+        reference = reference_of(config)
+        assert (reference.backend, reference.dtype, reference.quant) == (backend, "float32", "none")
+        assert reference.kv_dtype == "float32" and reference.block_size == config.block_size
+        assert precision_text(config) == precision and precision_text(reference) == "float32"
+        of = replace(planted, config=config)
+        said = model_text(of)
+        assert f"through the {backend} backend twice" in said and f"as measured ({precision})" in said
+        assert ("8 bits" in said) == (quant != "none")
+        assert f"{backend}, {precision}" in page(of)
+        assert document(of)["same_model"]["reference"] == f"{backend} float32, float32 KV cache"
 
 
 class TestAdvice:

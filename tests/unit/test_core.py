@@ -22,7 +22,7 @@ from headrace.core.errors import (
     shorten,
 )
 from headrace.core.resolve import resolve
-from headrace.core.sizing import kv_bytes_per_token
+from headrace.core.sizing import kv_bytes_per_token, stored_bytes
 from headrace.core.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -112,6 +112,42 @@ def test_defaults_have_reasons() -> None:
     assert chosen <= resolved.reasons.keys() and all(resolved.reasons.values())
 
 
+@pytest.mark.parametrize(
+    ("settings", "backends", "expected"),
+    [
+        ({}, ("native", "torch"), ("native", "float32", "stored", "float32")),
+        ({}, ("native",), ("native", "float32", "stored", "float32")),
+        ({"dtype": "bfloat16"}, ("native",), ("native", "bfloat16", "none", "bfloat16")),
+        ({"dtype": "float16"}, ("native",), ("native", "float16", "none", "float32")),
+        ({"quant": "int4", "kv_dtype": "int8"}, ("native",), ("native", "float32", "int4", "int8")),
+        ({"kv_dtype": "float16", "dtype": "float16"}, ("native", "torch"), ("torch", "float16", "none", "float16")),
+        ({"backend": "torch"}, ("native", "torch"), ("torch", "float32", "none", "float32")),
+    ],
+)  # fmt: skip
+def test_what_auto_takes(settings: dict[str, Any], backends: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    config = EngineConfig("m", **settings)
+    found = resolve(config, make_spec(), Hardware(cores=2, free_memory_bytes=20 * GIB, backends=backends))
+    assert (found.backend, found.dtype, found.quant, found.kv_dtype) == expected
+    for name in ("backend", "dtype", "quant", "kv_dtype"):
+        given = getattr(config, name)
+        assert (
+            found.reasons[name] == "as set"
+            if given != "auto"
+            else found.reasons[name].startswith(f"{getattr(found, name)}: ")
+        )
+
+
+def test_nothing_installed_says_both_ways() -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        resolve(EngineConfig("m"), make_spec(), Hardware(2, 20 * GIB, backends=()))
+    assert "C++20 compiler" in str(caught.value) and "pip install 'headrace[torch]'" in str(caught.value)
+
+
+def test_bytes_of_stored_weights() -> None:
+    assert stored_bytes({}) == 0
+    assert stored_bytes({"q4_1": 64, "q6_K": 256, "f32": 3, "q2_K": 256}) == 40 + 210 + 12 + 1024
+
+
 def test_kv_bytes_of_the_demo_model() -> None:
     assert kv_bytes_per_token(make_spec(), "float32") == 11_520 * 4
     assert kv_bytes_per_token(make_spec(), "bfloat16") == 11_520 * 2
@@ -138,7 +174,9 @@ def test_a_static_batch_fits() -> None:
     ("settings", "error", "words"),
     [
         ({"backend": "cuda"}, InvalidParameter, "backend: got 'cuda', allowed: auto, torch, native"),
-        ({"backend": "native"}, BackendUnavailable, "native is not part of this version"),
+        ({"backend": "native"}, BackendUnavailable, "native is not installed: install a C++20 compiler"),
+        ({"quant": "int8"}, InvalidParameter, "quant: got 'int8', allowed: auto or none on the torch backend"),
+        ({"kv_dtype": "int8"}, InvalidParameter, "kv_dtype: got 'int8', allowed: auto, float32 on the torch backend"),
         ({"dtype": "fp8"}, InvalidParameter, "dtype: got 'fp8'"),
         ({"threads": 0}, InvalidParameter, "threads: got 0, allowed: an integer from 1 to 1024"),
         ({"threads": True}, InvalidParameter, "threads"),

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
+from dataclasses import replace
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from headrace.backends import native
+from headrace.backends.native._kernels import Packer
+from headrace.backends.native.weights import pack_all
 from headrace.cli import doctor, probes
 from headrace.cli.console import Style
 from headrace.cli.main import main
-from headrace.engine.hardware import probe_hardware
+from headrace.core.config import EngineConfig
+from headrace.core.sizing import stored_bytes
+from headrace.engine.hardware import NEEDS, probe_hardware
+from headrace.engine.model import OpenModel
 from headrace.testing.checkpoints import tiny_checkpoint
+from headrace.weights.qtensor import SCHEMES, QTensor
 
 CPUINFO = """processor\t: 0
 model name\t: Fast CPU @ 3 GHz
@@ -178,6 +191,7 @@ def test_report_for_people(found: dict[str, object], width: int) -> None:
     ("change", "words"),
     [
         ({"usable": False}, "No backend can run"),
+        ({"backends": [{"name": "native", "available": False, "found": {}}]}, "several times slower: install a C++20"),
         ({"cpu": {"cores_usable": 4, "quota_cores": 1.5}}, "the default is --threads 1"),
         ({"cpu": {"load_1min": 900.0}}, "Other programs"),
         ({"cpu": {"governor": "powersave"}}, "powersave"),
@@ -211,11 +225,67 @@ def test_model_that_cannot_be_opened_is_a_line(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_broken_library_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "headrace.backends.torch.backend"
-    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "headrace.backends.torch.backend", None)
     found = doctor.examine_backend("torch")
     assert not found["available"] and found["why"]
-    assert not doctor.examine_backend("native")["available"]
+
+
+def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "headrace.engine.model.find_spec", lambda name: None if name == NEEDS["native"] else find_spec(name)
+    )
+    one = doctor.examine_backend("native")
+    assert not one["available"] and "were not built: install a C++20 compiler" in one["why"]
+    found = {"backends": [one], "compiler": None, "auto": None}
+    rows = {row.label: row.text for row in doctor.backend_rows(found)}
+    assert rows["native"].startswith("no: ") and rows["compiler"] == "no C++ compiler is on the PATH"
+    assert rows["auto"] == "none of them"
+    assert doctor.backend_rows(found | {"compiler": "/usr/bin/c++"})[1].text == "/usr/bin/c++"
+
+
+def test_kernels_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(native, "__path__", [str(tmp_path), *native.__path__])
+    for name in ("backend", "program", "weights", "_kernels"):
+        monkeypatch.delitem(sys.modules, f"{native.__name__}.{name}", raising=False)
+        monkeypatch.delattr(native, name, raising=False)
+    found = doctor.examine_backend("native")
+    assert not found["available"] and "its kernels cannot be loaded" in found["why"] and "C++20" in found["why"]
+
+
+def test_the_native_backend_tells_its_kernels() -> None:
+    found = doctor.examine_backend("native")
+    assert found["available"], found["why"]
+    usable, built = found["found"]["available"], found["found"]["built"]
+    assert usable and set(usable) <= set(built) and found["found"]["instructions"] == usable[-1]
+    assert doctor.backend_row(found).text.startswith(f"yes: {usable[-1]} kernels")
+    older = {**found, "found": {"instructions": "portable", "available": ["portable"], "built": ["portable", "avx2"]}}
+    assert doctor.backend_row(older).text.endswith("(it lacks what avx2 needs)")
+
+
+def test_compiler(tmp_path: Path) -> None:
+    assert probes.compiler({"PATH": str(tmp_path)}) is None
+    path = program(tmp_path / "clang++", "exit 0")
+    assert probes.compiler({"PATH": str(tmp_path)}) == path
+    assert probes.compiler({"PATH": str(tmp_path), "CXX": "/nowhere/c++ -m64"}) is None
+    assert probes.compiler({"PATH": "", "CXX": path}) == path
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_bytes_of_stored_weights_are_those_of_the_backend(scheme: str) -> None:
+    kind = SCHEMES[scheme]
+    shape = (32, 512)
+    raw = np.zeros(shape[0] * shape[1] // kind.group * kind.group_bytes, np.uint8)
+    packed = pack_all([("w", QTensor.from_bytes(scheme, shape, raw))], Packer(1), "stored", "float32")
+    assert packed.nbytes == stored_bytes({scheme: shape[0] * shape[1]})
+
+
+def test_bytes_of_loaded_weights(tmp_path: Path) -> None:
+    with closing(OpenModel(EngineConfig(str(tiny_checkpoint(tmp_path / "model")), backend="native"))) as opened:
+        checkpoint, config = opened.checkpoint, opened.config
+        assert doctor.loaded_bytes(checkpoint, config) == checkpoint.nbytes
+        numbers = sum(prod(shape) for shape in checkpoint.shapes().values())
+        assert doctor.loaded_bytes(checkpoint, replace(config, quant="none", dtype="bfloat16")) == 2 * numbers
 
 
 def test_sizes() -> None:

@@ -27,6 +27,7 @@ from tests.unit.attention_oracle import (
     attention,
     normed,
     rotated,
+    same_bits,
     to_bf16,
     to_i8,
 )
@@ -38,12 +39,6 @@ seeds = st.integers(0, 2**32 - 1)
 
 def normal(rng: np.random.Generator, *shape: int) -> F32:
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def same_bits(a: F32, b: F32) -> bool:
-    """A NaN equals any other."""
-    a, b = (np.where(np.isnan(x), np.float32(np.nan), x) for x in (a, b))
-    return bool((a.view(np.uint32) == b.view(np.uint32)).all())
 
 
 # ---------------------------------------------------------------- norms, rotation, storing
@@ -198,7 +193,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A request: what its tokens ask, and what they offer."""
+    """A request: what its tokens ask (T, H, D), and what they offer (T, G, D)."""
 
     q: F32
     """(T, H, D)"""
@@ -321,7 +316,7 @@ def test_scores_far_apart_leave_the_largest(isa: str, kv_type: KvType) -> None:
 @every_set
 @given(shape=shapes, size=contexts, other=contexts, cuts=st.lists(st.integers(1, 299), max_size=4), seed=seeds)
 @settings(deadline=None, max_examples=60)
-def test_a_token_gets_the_same_bits_however_it_is_computed(
+def test_a_token_has_the_same_bits_however_it_is_computed(
     isa: str, shape: Shape, size: int, other: int, cuts: list[int], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -346,6 +341,16 @@ def test_a_token_gets_the_same_bits_however_it_is_computed(
     size_too = int(rng.choice([1, 7, 16, 48, 64, 200]))
     again = Step(isa, replace(shape, block_size=size_too), rows[:1], rng)
     assert same_bits(again.attend([(0, 0, size)], 2, seed=5)[0], whole)
+
+
+@every_set
+def test_a_value_that_vanishes_leaves_one_zero(isa: str) -> None:
+    """-0 must not become +0 because a neighbour sees more segments."""
+    shape = Shape("f32", 1, 1, 1, 16, 0, 0.0)
+    k, v = np.full((300, 1, 1), -10, np.float32), np.zeros((300, 1, 1), np.float32)
+    k[0], v[0], k[200] = 0.0, -1e-45, 2.0
+    step = Step(isa, shape, [Row(np.ones((300, 1, 1), np.float32), k, v)], np.random.default_rng(0))
+    assert same_bits(step.attend([(0, 255, 1)])[0], step.attend([(0, 250, 10)])[0][5:6])
 
 
 @every_set

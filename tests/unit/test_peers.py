@@ -13,7 +13,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from benchmarks.machine_speed import Reader, canary, numpy_passes
+from benchmarks import peer_run
+from benchmarks.machine_speed import Reader, canary, numpy_passes, wait_for_quiet
 from benchmarks.peer_chart import chart, ticks
 from benchmarks.peer_run import Bench, Row, WorkResult
 from benchmarks.peer_table import as_markdown, best_peer, bound_share, ratios, table
@@ -318,6 +319,7 @@ def test_tables() -> None:
     theirs.error = "EngineError: it broke"
     assert ratios(ours, theirs, figure) is None
     text = as_markdown(result)
+    assert "against the best peer: decode tok/s 1.54 (1.27–1.73) × onnxruntime:int4" in text
     assert "- llama.cpp:q4_0: EngineError: it broke" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
@@ -351,9 +353,10 @@ def test_works() -> None:
     assert [len(prompt) for prompt in batch.prompts] == [50 + index % 31 for index in range(32)]
     assert make_works(["batch"])[0].prompts == batch.prompts, "the same in every run"
     assert [one["at_s"] for one in staggered.task()["requests"]] == pytest.approx([i / 10 for i in range(32)])
-    assert {one["at_s"] for one in staggered.task(8, together=True)["requests"]} == {0}
+    assert {(one["at_s"], one["max_tokens"]) for one in staggered.warm_up_task()["requests"]} == {(0, 8)}
     assert works["sampling"].task()["sampling"]["top_p"] == 0.9
-    assert works["prefill"].task(8)["requests"][0]["max_tokens"] == 1
+    assert works["sampling"].greedy_task() == batch.task()
+    assert works["prefill"].warm_up_task()["requests"][0]["max_tokens"] == 1
     assert works["context-512"].max_len == 544
     with pytest.raises(ValueError, match="allowed"):
         make_works(["sprint"])
@@ -416,9 +419,38 @@ def test_rounds_are_interleaved_and_who_fails_drops_out(fake_script: Path) -> No
     assert "no such model" in str(result.rows[1].error)
     rounds = [line.rpartition(": ")[2] for line in said if "round" in line]
     assert rounds == ["openvino:fp32", "headrace:torch", "headrace:torch", "openvino:fp32"]
+    assert "share_of_greedy" not in result.rows[0].rounds[0]
     assert result.gb_s(1000) is not None
     assert len(result.canary_s) == 4
     json.dumps([row.rounds for row in result.rows], allow_nan=False)
+
+
+def test_a_disturbed_run_is_made_again(fake_script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([0.0, 100.0, 100.0, 100.0])  # before and after two runs: 100 s of other load, then none
+    monkeypatch.setattr(peer_run, "busy_seconds", lambda: next(readings))
+    monkeypatch.setattr(peer_run, "wait_for_quiet", lambda limit_cores, end_s: None)
+    said: list[str] = []
+    work = Work("w", "t", ((1, 2),), 4, make_works(["batch"])[0].figures)
+    reader = Reader(1)
+    try:
+        bench = Bench(FakeFleet(fake_script), "native", 1, 1, said.append, patience_s=60)
+        result = bench.run(work, [parse_spec("headrace:torch")], reader)
+    finally:
+        reader.close()
+    assert [one["other_cores"] for one in result.rows[0].rounds] == [0.0]
+    assert said[-1] == "w: headrace:torch was disturbed, once more"
+
+
+def test_sampling_is_compared_with_greedy(fake_script: Path) -> None:
+    work = Work("w", "t", ((1, 2),), 4, make_works(["sampling"])[0].figures, sampled=True)
+    reader = Reader(1)
+    try:
+        bench = Bench(FakeFleet(fake_script), "native", 1, 2, lambda text: None)
+        result = bench.run(work, [parse_spec("headrace:torch")], reader)
+    finally:
+        reader.close()
+    assert all(one["share_of_greedy"] > 0 for one in result.rows[0].rounds)
+    assert "nothing to compare" in as_markdown(result)
 
 
 def test_a_fresh_process_for_every_start(fake_script: Path) -> None:
@@ -440,6 +472,9 @@ def test_machine_speed() -> None:
     finally:
         reader.close()
     assert 0.1 < found.gb_s <= found.best_gb_s < 10_000
+    began = time.monotonic()
+    wait_for_quiet(0.0, began + 0.5)
+    assert time.monotonic() - began < 5
     assert all(0 < one < 10 for one in numpy_passes(2**20, 2, 3))
     assert 0 < canary() < 10
 

@@ -15,7 +15,7 @@ namespace headrace::HEADRACE_ISA {
 #define HEADRACE_TEXT(name) HEADRACE_TEXT_OF(name)
 
 constexpr Kernels kTable{
-    HEADRACE_TEXT(HEADRACE_ISA), linear, norm_row, activate_row, quantise_row, add_row, scale_row, rotate_and_store,
+    HEADRACE_TEXT(HEADRACE_ISA), kTile, linear, norm_row, activate_row, quantise_row, add_row, scale_row, rotate_and_store,
     attend, kSamplingKernels,
 };
 

@@ -41,14 +41,19 @@ struct LoadI8 {
   static inline float one(int8_t x) { return static_cast<float>(x); }
 };
 
-// Vectors of 16 that R rows hold in registers at a time, of four.
+// Sums of 16 lanes that stay in registers. Numbers that are converted need one more register: with 6 sums of 3 rows,
+// AVX2 keeps one of them in memory, and the loop waits for it (measured: a fifth slower).
 #if defined(__AVX512F__)
-constexpr int32_t kAccumulators = 24;
+constexpr int32_t kPlainSums = 24, kConvertedSums = 24;
 #else
-constexpr int32_t kAccumulators = 6;
+constexpr int32_t kPlainSums = 6, kConvertedSums = 5;
 #endif
+
+// Vectors that so many rows meet at a time, of four.
+template <class Load>
 constexpr int32_t widest(int32_t rows) {
-  return 4 * rows <= kAccumulators ? 4 : 2 * rows <= kAccumulators ? 2 : 1;
+  const int32_t sums = sizeof(typename Load::Element) < sizeof(float) ? kConvertedSums : kPlainSums;
+  return 4 * rows <= sums ? 4 : 2 * rows <= sums ? 2 : 1;
 }
 
 constexpr int32_t kGroups = kChunk / kLanes;
@@ -90,7 +95,7 @@ inline void merge_state(float* state, const float* later, int32_t width) {
 inline void finish_state(const float* state, int32_t dim, float* out) {
   const F32 total = splat(sum(load(state)));
   const float* values = state + 2 * kLanes;
-  for (int32_t i = 0; i < dim; i += kLanes) store_first(out + i, div(load(values + i), total), lanes_at(i, dim));
+  each_vector(dim, [&](int32_t i, auto columns) { columns.store(out + i, div(load(values + i), total)); });
 }
 
 // ---------------------------------------------------------------- an item, a chunk
@@ -177,7 +182,7 @@ inline void score(const float* queries, const void* const* keys, int64_t stride,
 
 template <class Load, int R>
 inline void scores(const Meeting& m, const Chunk& c, const float* queries, int32_t begin, int32_t end) {
-  constexpr int kWide = widest(R);
+  constexpr int kWide = widest<Load>(R);
   int32_t g = begin;
   for (; g + kWide <= end; g += kWide) {
     score<Load, R, kWide>(queries, c.keys + g, c.key_stride, m.dim, m.weights + g * kLanes);
@@ -279,7 +284,7 @@ inline void weigh(const Meeting& m, const Chunk& c, const float* weights, Range 
 // `row`: the first of R in the item; `at`: in the tile.
 template <class Load, int R>
 inline void weigh_all(const Meeting& m, const Chunk& c, Range range, const Joining& j, int32_t row, int32_t at) {
-  constexpr int kWide = widest(R);
+  constexpr int kWide = widest<Load>(R);
   const float* weights = m.weights + at * kChunk;
   int32_t column = 0;
   for (; column + kWide * kLanes <= m.width; column += kWide * kLanes) {

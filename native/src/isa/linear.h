@@ -14,7 +14,7 @@
 
 namespace headrace::HEADRACE_ISA {
 
-constexpr int32_t kTokens = 128;   // tokens that meet a panel before the next panel comes
+constexpr int32_t kTokens = 120;   // tokens that meet a panel before the next panel comes: whole tiles
 constexpr int32_t kColumns = 256;  // columns of plain numbers that meet them at a time
 
 constexpr int32_t code_bytes(Codes codes) { return codes == Codes::q4 ? 256 : codes == Codes::q6 ? 384 : 512; }
@@ -53,16 +53,18 @@ inline Part part_u8(const uint8_t* p) { return load_u8(p); }
 inline Part part_i8(const uint8_t* p) { return load_i8(reinterpret_cast<const int8_t*>(p)); }
 inline Part part_splat(float x) { return splat(x); }
 inline Part part_mul(Part a, Part b) { return mul(a, b); }
+inline Part part_sub(Part a, Part b) { return sub(a, b); }
 inline Part part_fma(Part a, Part b, Part c) { return fma(a, b, c); }
 inline Part part_negative(Part a) { return sub(splat(0.0f), a); }
 constexpr int32_t kPartLanes = 16;
 
-// Sums of a group for R tokens; each half of the group by itself where `kHalves`.
-template <Codes kCodes, bool kHalves, int R>
+// Sums of a group for R tokens of a tile of L; each half of the group by itself where `kHalves`. `x`: the group's codes
+// of the first of them.
+template <Codes kCodes, bool kHalves, int R, int L>
 struct Sums {
   __m512i total[R][kHalves ? 2 : 1];
 
-  inline void compute(const uint8_t* codes, int32_t, const int8_t* const (&x)[R]) {
+  inline void compute(const uint8_t* codes, int32_t, const uint8_t* x) {
     const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -90,8 +92,8 @@ struct Sums {
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const __m512i x0 = _mm512_set1_epi32(word(x[r] + 4 * j));
-        const __m512i x1 = _mm512_set1_epi32(word(x[r] + 4 * j + 16));
+        const __m512i x0 = _mm512_set1_epi32(word(x + 4 * (L * j + r)));
+        const __m512i x1 = _mm512_set1_epi32(word(x + 4 * (L * (j + 4) + r)));
         total[r][0] = _mm512_dpbusd_epi32(total[r][0], first, x0);
         constexpr int h = kHalves ? 1 : 0;
         total[r][h] = _mm512_dpbusd_epi32(total[r][h], second, x1);
@@ -100,7 +102,7 @@ struct Sums {
   }
   inline Part get(int r, int half) const { return {_mm512_cvtepi32_ps(total[r][half])}; }
 
-  static inline int32_t word(const int8_t* p) {
+  static inline int32_t word(const uint8_t* p) {
     int32_t x;
     std::memcpy(&x, p, sizeof x);
     return x;
@@ -128,17 +130,18 @@ inline Part part_i8(const uint8_t* p) {
 }
 inline Part part_splat(float x) { return {_mm256_set1_ps(x)}; }
 inline Part part_mul(Part a, Part b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Part part_sub(Part a, Part b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Part part_fma(Part a, Part b, Part c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Part part_negative(Part a) { return {_mm256_sub_ps(_mm256_setzero_ps(), a.v)}; }
 
-template <Codes kCodes, bool kHalves, int R>
+template <Codes kCodes, bool kHalves, int R, int L>
 struct Sums {
   static constexpr bool kWide = kCodes != Codes::q4;  // more than a nibble
   static constexpr int kSums = kHalves ? 2 : 1;
   __m256i low[R][kSums];
   __m256i high[R][kSums];
 
-  inline void compute(const uint8_t* codes, int32_t part, const int8_t* const (&x)[R]) {
+  inline void compute(const uint8_t* codes, int32_t part, const uint8_t* x) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const uint8_t* mine = codes + 32 * part;
 #pragma GCC unroll 16
@@ -171,8 +174,8 @@ struct Sums {
       constexpr int h = kHalves ? 1 : 0;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const __m256i x0 = word(x[r] + 4 * j);
-        const __m256i x1 = word(x[r] + 4 * j + 16);
+        const __m256i x0 = word(x + 4 * (L * j + r));
+        const __m256i x1 = word(x + 4 * (L * (j + 4) + r));
         low[r][0] = plus(low[r][0], _mm256_maddubs_epi16(first, x0));
         low[r][h] = plus(low[r][h], _mm256_maddubs_epi16(second, x1));
         if constexpr (kWide) {
@@ -197,7 +200,7 @@ struct Sums {
     return c;
   }
   static inline __m256i at(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static inline __m256i word(const int8_t* p) {
+  static inline __m256i word(const uint8_t* p) {
     int32_t x;
     std::memcpy(&x, p, sizeof x);
     return _mm256_set1_epi32(x);
@@ -221,21 +224,22 @@ inline Part part_u8(const uint8_t* p) { return load_u8(p); }
 inline Part part_i8(const uint8_t* p) { return load_i8(reinterpret_cast<const int8_t*>(p)); }
 inline Part part_splat(float x) { return splat(x); }
 inline Part part_mul(Part a, Part b) { return mul(a, b); }
+inline Part part_sub(Part a, Part b) { return sub(a, b); }
 inline Part part_fma(Part a, Part b, Part c) { return fma(a, b, c); }
 inline Part part_negative(Part a) { return sub(splat(0.0f), a); }
 
-template <Codes kCodes, bool kHalves, int R>
+template <Codes kCodes, bool kHalves, int R, int L>
 struct Sums {
   int32_t total[R][kHalves ? 2 : 1][kLanes];
 
-  inline void compute(const uint8_t* codes, int32_t, const int8_t* const (&x)[R]) {
+  inline void compute(const uint8_t* codes, int32_t, const uint8_t* x) {
     std::memset(total, 0, sizeof total);
     for (int step = 0; step < 8; ++step) {
       const int h = kHalves ? step / 4 : 0;
       for (int lane = 0; lane < kLanes; ++lane) {
         for (int i = 0; i < 4; ++i) {
           const int32_t code = code_at(codes, step, 4 * lane + i);
-          for (int r = 0; r < R; ++r) total[r][h][lane] += code * x[r][4 * step + i];
+          for (int r = 0; r < R; ++r) total[r][h][lane] += code * static_cast<int8_t>(x[4 * (L * step + r) + i]);
         }
       }
     }
@@ -257,26 +261,15 @@ struct Sums {
 
 // ---------------------------------------------------------------- codes
 
-// Where R tokens lie.
-template <int R>
-struct Rows {
-  const int8_t* codes[R];
-  const float* scales[R];
-  const float* sums[R];
-  const float* counts[R];
-  const float* halves[R];
+// What belongs to the codes of a tile of L tokens: see QuantRows.
+enum class Figure : int32_t { scale, sum, count, half };
 
-  Rows(const QuantRows& rows, int32_t first) {
-    const int64_t groups = rows.width / kGroup;
-    for (int r = 0; r < R; ++r) {
-      codes[r] = rows.codes + static_cast<int64_t>(first + r) * rows.width;
-      scales[r] = rows.scales + (first + r) * groups;
-      sums[r] = rows.sums + (first + r) * groups;
-      counts[r] = rows.counts + (first + r) * groups;
-      halves[r] = rows.halves + (first + r) * groups;
-    }
-  }
-};
+template <int L>
+inline Part figure(const uint8_t* x, Figure which, int r) {
+  float value;
+  std::memcpy(&value, x + kGroup * L + 4 * (L * static_cast<int32_t>(which) + r), sizeof value);
+  return part_splat(value);
+}
 
 template <Scales kScales>
 inline void read_scales(const uint8_t* header, int32_t part, Part& scale, Part& minimum) {
@@ -304,12 +297,11 @@ inline void fetch_ahead(const uint8_t* at) {
   for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + kAhead + i);
 }
 
-// P parts of a panel, from `part` on, by R tokens from `first` on: all columns. out: [R][16].
-template <Codes kCodes, Scales kScales, int R, int P>
-inline void code_tile(const Weight& weight, const uint8_t* panel, int32_t part, const QuantRows& x, int32_t first,
-                      float* out) {
+// P parts of a panel, from `part` on, by R tokens of a tile of L, all columns. `x`: codes of the first of them. out:
+// [R][16].
+template <Codes kCodes, Scales kScales, int R, int L, int P>
+inline void code_tile(const Weight& weight, const uint8_t* panel, int32_t part, const uint8_t* x, float* out) {
   constexpr bool kHalves = kScales == Scales::k6;
-  const Rows<R> rows(x, first);
   Part acc[P][R];
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p) {
@@ -330,13 +322,10 @@ inline void code_tile(const Weight& weight, const uint8_t* panel, int32_t part, 
       const uint8_t* group_header = at;
       at += group_header_bytes(kScales);
       if constexpr (R <= kStreamedRows) fetch_ahead<code_bytes(kCodes) + header_bytes(kScales)>(at);
-      const int8_t* codes[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) codes[r] = rows.codes[r] + static_cast<int64_t>(kGroup) * g;
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        Sums<kCodes, kHalves, R> sums;
-        sums.compute(at, part + p, codes);
+        Sums<kCodes, kHalves, R, L> sums;
+        sums.compute(at, part + p, x);
         Part scale = block_scale[p], minimum = block_minimum[p], second = scale;
         if constexpr (kScales == Scales::k4) {
           scale = part_mul(scale, part_u8(group_header + kPartLanes * (part + p)));
@@ -348,26 +337,28 @@ inline void code_tile(const Weight& weight, const uint8_t* panel, int32_t part, 
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const Part x_scale = part_splat(rows.scales[r][g]);
+          const Part x_scale = figure<L>(x, Figure::scale, r);
           Part sum = sums.get(r, 0);
           if constexpr (kHalves) {
-            const float half = rows.halves[r][g];
-            sum = part_fma(negative_zero_point, part_splat(half), sum);
+            const Part half = figure<L>(x, Figure::half, r);
+            sum = part_fma(negative_zero_point, half, sum);
             acc[p][r] = part_fma(sum, part_mul(scale, x_scale), acc[p][r]);
-            const Part rest = part_fma(negative_zero_point, part_splat(rows.counts[r][g] - half), sums.get(r, 1));
+            const Part others = part_sub(figure<L>(x, Figure::count, r), half);
+            const Part rest = part_fma(negative_zero_point, others, sums.get(r, 1));
             acc[p][r] = part_fma(rest, part_mul(second, x_scale), acc[p][r]);
           } else {
             if constexpr (!has_minimum(kScales)) {
-              if (centred) sum = part_fma(negative_zero_point, part_splat(rows.counts[r][g]), sum);
+              if (centred) sum = part_fma(negative_zero_point, figure<L>(x, Figure::count, r), sum);
             }
             acc[p][r] = part_fma(sum, part_mul(scale, x_scale), acc[p][r]);
             if constexpr (has_minimum(kScales)) {
-              acc[p][r] = part_fma(minimum, part_splat(rows.sums[r][g]), acc[p][r]);
+              acc[p][r] = part_fma(minimum, figure<L>(x, Figure::sum, r), acc[p][r]);
             }
           }
         }
       }
       at += code_bytes(kCodes);
+      x += kGroupBytes * L;
     }
   }
 #pragma GCC unroll 2
@@ -377,16 +368,29 @@ inline void code_tile(const Weight& weight, const uint8_t* panel, int32_t part, 
   }
 }
 
-// One panel by R tokens.
-template <Codes kCodes, Scales kScales, int R>
-inline void code_panel(const Weight& weight, const uint8_t* panel, const QuantRows& x, int32_t first, float* out) {
+// One panel by R tokens of a tile of L.
+template <Codes kCodes, Scales kScales, int R, int L>
+inline void code_panel(const Weight& weight, const uint8_t* panel, const uint8_t* x, float* out) {
   if constexpr (kParts == 1) {
-    code_tile<kCodes, kScales, R, 1>(weight, panel, 0, x, first, out);
+    code_tile<kCodes, kScales, R, L, 1>(weight, panel, 0, x, out);
   } else if constexpr (R <= 2) {  // both halves at once: the panel is read once
-    code_tile<kCodes, kScales, R, 2>(weight, panel, 0, x, first, out);
+    code_tile<kCodes, kScales, R, L, 2>(weight, panel, 0, x, out);
   } else {
-    code_tile<kCodes, kScales, R, 1>(weight, panel, 0, x, first, out);
-    code_tile<kCodes, kScales, R, 1>(weight, panel, 1, x, first, out);
+    code_tile<kCodes, kScales, R, L, 1>(weight, panel, 0, x, out);
+    code_tile<kCodes, kScales, R, L, 1>(weight, panel, 1, x, out);
+  }
+}
+
+// One panel by a tile of L tokens. More than a nibble a code, and AVX2 has no registers for more than four.
+template <Codes kCodes, Scales kScales, int L>
+inline void code_whole(const Weight& weight, const uint8_t* panel, const uint8_t* x, float* out) {
+  constexpr int kMost = kParts == 2 && kCodes != Codes::q4 ? 4 : L;
+  if constexpr (L <= kMost) {
+    code_panel<kCodes, kScales, L, L>(weight, panel, x, out);
+  } else {
+    constexpr int kHalf = (L + 1) / 2;
+    code_panel<kCodes, kScales, kHalf, L>(weight, panel, x, out);
+    code_panel<kCodes, kScales, L - kHalf, L>(weight, panel, x + 4 * kHalf, out + kPanel * kHalf);
   }
 }
 
@@ -420,17 +424,11 @@ inline void number_tile(const uint8_t* panel, const float* x, int64_t x_stride, 
 // ---------------------------------------------------------------- the product
 
 #if defined(__AVX512F__)
-constexpr int32_t kCodeRows = 12;  // most tokens of a tile
-constexpr int32_t kWideCodeRows = 12;
-constexpr int32_t kNumberRows = 12;
+constexpr int32_t kTile = 12;  // most tokens of a tile
 #elif defined(__AVX2__)
-constexpr int32_t kCodeRows = 6;
-constexpr int32_t kWideCodeRows = 4;
-constexpr int32_t kNumberRows = 6;
+constexpr int32_t kTile = 6;
 #else
-constexpr int32_t kCodeRows = 4;
-constexpr int32_t kWideCodeRows = 4;
-constexpr int32_t kNumberRows = 4;
+constexpr int32_t kTile = 4;
 #endif
 
 // Calls a tile of the largest size that fits, from kMost down: Tile::template run<R>(args…).
@@ -462,9 +460,9 @@ inline void put(const LinearArgs& args, int32_t panel, int32_t first, int32_t co
 
 template <Codes kCodes, Scales kScales>
 struct CodeTile {
-  template <int R>
-  static void run(const LinearArgs* args, const uint8_t* panel, int32_t first, float* out) {
-    code_panel<kCodes, kScales, R>(*args->weight, panel, args->quantised, first, out);
+  template <int L>
+  static void run(const LinearArgs* args, const uint8_t* panel, const uint8_t* x, float* out) {
+    code_whole<kCodes, kScales, L>(*args->weight, panel, x, out);
   }
 };
 
@@ -479,15 +477,16 @@ struct NumberTile {
 
 template <Codes kCodes, Scales kScales>
 void linear_codes(const LinearArgs& args, int32_t begin, int32_t end) {
-  constexpr int32_t kMost = kCodes == Codes::q4 ? kCodeRows : kWideCodeRows;
-  alignas(64) float tile[kPanel * kMost];
+  alignas(64) float tile[kPanel * kTile];
+  const int64_t row_bytes = kGroupBytes * (args.quantised.width / kGroup);
   for (int32_t block = 0; block < args.tokens; block += kTokens) {
     const int32_t stop = block + kTokens < args.tokens ? block + kTokens : args.tokens;
     for (int32_t panel = begin; panel < end; ++panel) {
       const uint8_t* data = args.weight->data + panel * args.weight->panel_bytes;
-      for (int32_t first = block; first < stop; first += kMost) {
-        const int32_t count = stop - first < kMost ? stop - first : kMost;
-        run_tile<CodeTile<kCodes, kScales>, kMost>(count, &args, data, first, static_cast<float*>(tile));
+      for (int32_t first = block; first < stop; first += kTile) {
+        const int32_t count = stop - first < kTile ? stop - first : kTile;
+        const uint8_t* x = args.quantised.data + row_bytes * first;
+        run_tile<CodeTile<kCodes, kScales>, kTile>(count, &args, data, x, static_cast<float*>(tile));
         put(args, panel, first, count, tile);
       }
     }
@@ -505,8 +504,8 @@ void linear_numbers(const LinearArgs& args, int32_t begin, int32_t end) {
       std::memset(tiles, 0, sizeof(float) * static_cast<size_t>(kPanel * count));
       for (int32_t start = 0; start < columns; start += kColumns) {
         const int32_t stop = start + kColumns < columns ? start + kColumns : columns;
-        for (int32_t first = 0; first < count; first += kNumberRows) {
-          run_tile<NumberTile<kCodes>, kNumberRows>(count - first, &args, data, block + first, start, stop,
+        for (int32_t first = 0; first < count; first += kTile) {
+          run_tile<NumberTile<kCodes>, kTile>(count - first, &args, data, block + first, start, stop,
                                                    tiles + kPanel * first);
         }
       }

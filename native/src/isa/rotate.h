@@ -22,13 +22,12 @@ inline void rotate_head(const RopeArgs& rope, int32_t position, float* x) {
     }
     return;
   }
-  for (int32_t i = 0; i < pairs; i += kLanes) {
-    const int32_t lanes = lanes_at(i, pairs);
-    const F32 a = load_first(x + i, lanes), b = load_first(x + pairs + i, lanes);
-    const F32 c = load_first(cos + i, lanes), s = load_first(sin + i, lanes);
-    store_first(x + i, sub(mul(a, c), mul(b, s)), lanes);
-    store_first(x + pairs + i, add(mul(b, c), mul(a, s)), lanes);
-  }
+  each_vector(pairs, [&](int32_t i, auto columns) {
+    const F32 a = columns.load(x + i), b = columns.load(x + pairs + i);
+    const F32 c = columns.load(cos + i), s = columns.load(sin + i);
+    columns.store(x + i, sub(mul(a, c), mul(b, s)));
+    columns.store(x + pairs + i, add(mul(b, c), mul(a, s)));
+  });
 }
 
 // ---------------------------------------------------------------- one token and head into the cache

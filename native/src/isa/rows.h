@@ -3,23 +3,41 @@
 #pragma once
 
 #include "../kernels.h"
+#include "linear.h"
 #include "simd.h"
 
 namespace headrace::HEADRACE_ISA {
 
-// Lanes of the vector at column i that hold part of the row.
-inline int32_t lanes_at(int32_t i, int32_t width) { return width - i < kLanes ? width - i : kLanes; }
+// Sixteen columns of a row, or the few that are left at its end; those beyond it read as zeros and are not written.
+struct Whole {
+  inline F32 load(const float* p) const { return HEADRACE_ISA::load(p); }
+  inline void store(float* p, F32 a) const { HEADRACE_ISA::store(p, a); }
+  inline F32 clear(F32 a) const { return a; }
+};
+struct Rest {
+  int32_t lanes;
+  inline F32 load(const float* p) const { return load_first(p, lanes); }
+  inline void store(float* p, F32 a) const { store_first(p, a, lanes); }
+  inline F32 clear(F32 a) const { return first(lanes, a, splat(0.0f)); }
+};
+
+// Calls function(i, columns) for columns i … i + 15 of a row, one after another.
+template <class Function>
+inline void each_vector(int32_t width, const Function& function) {
+  int32_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) function(i, Whole{});
+  if (i < width) function(i, Rest{width - i});
+}
 
 // ---------------------------------------------------------------- norms
 
 inline float mean(const float* x, int32_t width, float minus, bool squared) {
   F32 total = splat(0.0f);
   const F32 centre = splat(minus);
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int32_t lanes = lanes_at(i, width);
-    const F32 value = first(lanes, sub(load_first(x + i, lanes), centre), splat(0.0f));
+  each_vector(width, [&](int32_t i, auto columns) {
+    const F32 value = columns.clear(sub(columns.load(x + i), centre));
     total = squared ? fma(value, value, total) : add(total, value);
-  }
+  });
   return sum(total) / static_cast<float>(width);
 }
 
@@ -27,13 +45,12 @@ inline float mean(const float* x, int32_t width, float minus, bool squared) {
 inline void norm_row(const NormArgs& args, const float* x, float* y) {
   const float centre = args.kind == NormKind::layer ? mean(x, args.width, 0.0f, false) : 0.0f;
   const float scale = 1.0f / __builtin_sqrtf(mean(x, args.width, centre, true) + args.eps);
-  for (int32_t i = 0; i < args.width; i += kLanes) {
-    const int32_t lanes = lanes_at(i, args.width);
-    F32 value = mul(sub(load_first(x + i, lanes), splat(centre)), splat(scale));
-    value = mul(value, load_first(args.weight + i, lanes));
-    if (args.bias != nullptr) value = add(value, load_first(args.bias + i, lanes));
-    store_first(y + i, value, lanes);
-  }
+  each_vector(args.width, [&](int32_t i, auto columns) {
+    F32 value = mul(sub(columns.load(x + i), splat(centre)), splat(scale));
+    value = mul(value, columns.load(args.weight + i));
+    if (args.bias != nullptr) value = add(value, columns.load(args.bias + i));
+    columns.store(y + i, value);
+  });
 }
 
 // ---------------------------------------------------------------- activations
@@ -75,14 +92,20 @@ inline F32 activate(Activation activation, F32 x) {
   return x;
 }
 
-// y = act(gate) × up, or act(x) where up is null. y may be the gate.
+template <class Function>
+inline void activate_each(const Function& function, const float* gate, const float* up, int32_t width, float* y) {
+  each_vector(width, [&](int32_t i, auto columns) {
+    const F32 value = function(columns.load(gate + i));
+    columns.store(y + i, up == nullptr ? value : mul(value, columns.load(up + i)));
+  });
+}
+
+// y = act(gate) × up, or act(gate) where up is null. y may be the gate.
 inline void activate_row(Activation activation, const float* gate, const float* up, int32_t width, float* y) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int32_t lanes = lanes_at(i, width);
-    F32 value = activate(activation, load_first(gate + i, lanes));
-    if (up != nullptr) value = mul(value, load_first(up + i, lanes));
-    store_first(y + i, value, lanes);
+  if (activation == Activation::silu) {  // by far the most common: no choice in its loop
+    return activate_each([](F32 x) { return activate(Activation::silu, x); }, gate, up, width, y);
   }
+  activate_each([=](F32 x) { return activate(activation, x); }, gate, up, width, y);
 }
 
 // ---------------------------------------------------------------- rows as int8
@@ -91,44 +114,45 @@ inline void activate_row(Activation activation, const float* gate, const float* 
 // value that is not finite makes the scale NaN.
 inline void quantise_row(const float* x, const QuantRows& out, int64_t row) {
   const int32_t groups = out.width / kGroup;
-  int8_t* codes = out.codes + row * out.width;
-  for (int32_t g = 0; g < groups; ++g) {
+  const int32_t lane = static_cast<int32_t>(row % kTile);
+  const int64_t first = row - lane;
+  const int32_t lanes = static_cast<int32_t>(out.rows - first < kTile ? out.rows - first : kTile);
+  uint8_t* at = out.data + kGroupBytes * groups * first + 4 * lane;
+  for (int32_t g = 0; g < groups; ++g, at += kGroupBytes * lanes) {
     const F32 a = load(x + kGroup * g), b = load(x + kGroup * g + kLanes);
     const float peak = largest(max(abs(a), abs(b)));
     const float nothing = sum(add(mul(a, splat(0.0f)), mul(b, splat(0.0f))));
     const bool tiny = !(peak >= 0x1p-100f);
     const float inverse = tiny ? 0.0f : 127.0f / peak;
-    const F32 first_codes = round(mul(a, splat(inverse))), second_codes = round(mul(b, splat(inverse)));
     const float scale = (tiny ? 0.0f : peak / 127.0f) + nothing;
     const bool finite = scale - scale == 0.0f;
-    store_i8(codes + kGroup * g, finite ? first_codes : splat(0.0f));
-    store_i8(codes + kGroup * g + kLanes, finite ? second_codes : splat(0.0f));
-    const float half = finite ? sum(first_codes) : 0.0f;
-    const float count = finite ? half + sum(second_codes) : 0.0f;
-    const int64_t place = row * groups + g;
-    out.scales[place] = scale;
-    out.sums[place] = scale * count;
-    out.counts[place] = count;
-    out.halves[place] = half;
+    const F32 first_codes = finite ? round(mul(a, splat(inverse))) : splat(0.0f);
+    const F32 second_codes = finite ? round(mul(b, splat(inverse))) : splat(0.0f);
+    int8_t codes[kGroup];
+    store_i8(codes, first_codes);
+    store_i8(codes + kLanes, second_codes);
+    for (int32_t step = 0; step < 8; ++step) std::memcpy(at + 4 * lanes * step, codes + 4 * step, 4);
+    const float half = sum(first_codes);
+    const float count = half + sum(second_codes);
+    const float figures[] = {scale, scale * count, count, half};
+    for (int32_t i = 0; i < 4; ++i) std::memcpy(at + kGroup * lanes + 4 * lanes * i, &figures[i], sizeof(float));
   }
 }
 
 // y += scale × x
 inline void add_row(const float* x, float scale, int32_t width, float* y) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int32_t lanes = lanes_at(i, width);
-    store_first(y + i, fma(splat(scale), load_first(x + i, lanes), load_first(y + i, lanes)), lanes);
-  }
+  each_vector(width, [&](int32_t i, auto columns) {
+    columns.store(y + i, fma(splat(scale), columns.load(x + i), columns.load(y + i)));
+  });
 }
 
 // x × scale, then cap × tanh(x / cap) unless cap is 0. In place. What is not finite becomes NaN: tanh would hide it.
 inline void scale_row(float scale, float cap, int32_t width, float* x) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int32_t lanes = lanes_at(i, width);
-    F32 value = mul(load_first(x + i, lanes), splat(scale));
+  each_vector(width, [&](int32_t i, auto columns) {
+    F32 value = mul(columns.load(x + i), splat(scale));
     if (cap != 0.0f) value = fma(splat(cap), tanh(div(value, splat(cap))), mul(value, splat(0.0f)));
-    store_first(x + i, value, lanes);
-  }
+    columns.store(x + i, value);
+  });
 }
 
 }  // namespace headrace::HEADRACE_ISA

@@ -17,6 +17,9 @@ namespace headrace::HEADRACE_ISA {
 
 constexpr int32_t kLanes = 16;
 
+// Lanes of the vector at column i that hold part of a row.
+inline int32_t lanes_at(int32_t i, int32_t width) { return width - i < kLanes ? width - i : kLanes; }
+
 #if defined(__AVX512F__)
 
 struct F32 {
@@ -264,12 +267,23 @@ inline float one_of(F32 a, int32_t lane) {
 
 // Pairs at distance 8, then 4, 2, 1: one order on every machine.
 inline float sum(F32 a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float x[kLanes];
   store(x, a);
   for (int32_t half = kLanes / 2; half > 0; half /= 2) {
     for (int32_t i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
   }
   return x[0];
+#endif
 }
 
 // In the same order.

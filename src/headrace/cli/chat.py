@@ -139,15 +139,18 @@ class Chat:
         return self._status
 
     def _greet(self) -> None:
+        from headrace.core.resolve import precision_text
+
         opened = self._conversation.opened
         config, path = opened.config, opened.checkpoint.path.resolve()
         origin = opened.checkpoint.origin
         from_hub = origin != str(opened.checkpoint.path)
         name = printable(origin if from_hub else path.name if path.is_dir() else path.stem)
         threads = f"{config.threads} thread" + ("s" if config.threads > 1 else "")
+        how = (config.backend, precision_text(config), threads, f"context of {config.max_model_len} tokens")
         self._note(
             f"{self._style.bold(name)}\n"
-            + self._style.dim(f"{config.backend}, {config.dtype}, {threads}, context of {config.max_model_len} tokens")
+            + self._style.dim(", ".join(how))
             + "\n"
             + "".join(self._style.dim(f"with the adapter {adapter}") + "\n" for adapter in opened.adapters)
             + "".join(self._style.dim(printable(note)) + "\n" for note in opened.checkpoint.notes)

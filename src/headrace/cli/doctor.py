@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -13,13 +12,13 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headrace import __version__
-from headrace.cli import probes
 from headrace.cli.console import Style, columns, load_line_shown, printable, wants_colour
-from headrace.core.config import BACKENDS, EngineConfig
-from headrace.core.errors import HeadraceError, shorten
+from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.core.errors import BackendUnavailable, HeadraceError, shorten
 
 if TYPE_CHECKING:
     from headrace.engine.model import OpenModel
+    from headrace.weights.checkpoint import Checkpoint
 
 KEYS: Mapping[str, str] = {
     "headrace": "version",
@@ -31,13 +30,15 @@ KEYS: Mapping[str, str] = {
     "gpus": "list of name, memory_total_bytes, memory_free_bytes, driver, compute_capability",
     "gpu_note": "why there are none, or null",
     "packages": "name -> version, or null",
+    "compiler": "path of the C++ compiler that would build the native kernels, or null",
     "backends": "list of name, available, why (it is not), found (by its own probe)",
+    "auto": "null where nothing runs, else backend (the one that --backend auto takes), reason",
     "environment": "variables that matter -> value, null where unset; secrets only as set",
     "demo_model": "installed, path, bytes, hint",
     "hub_cache": "path, present, models, bytes, counted_whole, disk_free_bytes",
     "model": "null without MODEL; else error (code, message), or name, architecture, format, layers, hidden_size, "
     "heads, kv_heads, vocab_size, context, parameters, weight_bytes, kv_bytes_per_token, tokenizer, chat_template, "
-    "notes, settings (name -> value, reason), needed_bytes, free_bytes, fits",
+    "notes, settings (name -> value, reason), loaded_weight_bytes, kv_cache_bytes, needed_bytes, free_bytes, fits",
     "warnings": "list of sentences",
 }
 """The keys of --json."""
@@ -88,9 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine(model: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
     """An object with `KEYS`. Raises nothing: a probe that fails says so in its place."""
+    import platform
+
+    from headrace.cli import probes
+    from headrace.engine.hardware import NEEDS
+
     gpus, gpu_note = probes.gpus()
-    with checking("torch", environ):
-        backends = [examine_backend(name) for name in BACKENDS if name != "auto"]
+    backends = []
+    for name in NEEDS:
+        with checking(name, environ):
+            backends.append(examine_backend(name))
     found: dict[str, Any] = {
         "headrace": __version__,
         "python": platform.python_version(),
@@ -101,7 +109,9 @@ def examine(model: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
         "gpus": gpus,
         "gpu_note": gpu_note,
         "packages": probes.packages(),
+        "compiler": probes.compiler(environ),
         "backends": backends,
+        "auto": chosen_backend(),
         "environment": {name: environ.get(name) for name in SHOWN}
         | {name: "set" if environ.get(name) else None for name in SECRET},
         "demo_model": examine_demo(),
@@ -122,6 +132,17 @@ def checking(what: str, environ: Mapping[str, str]) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def chosen_backend() -> dict[str, Any] | None:
+    from headrace.core.resolve import choose_backend
+    from headrace.engine.hardware import probe_hardware
+
+    try:
+        backend, reason = choose_backend(EngineConfig(""), probe_hardware())
+    except BackendUnavailable:
+        return None
+    return {"backend": backend, "reason": reason}
 
 
 def examine_backend(name: str) -> dict[str, Any]:
@@ -172,15 +193,16 @@ def examine_model(model: str) -> dict[str, Any]:
 def describe_model(opened: OpenModel) -> dict[str, Any]:
     from math import prod
 
-    from headrace.core.sizing import DTYPE_BYTES, kv_bytes_per_token
+    from headrace.core.sizing import kv_bytes_per_token
     from headrace.engine.hardware import probe_hardware
 
     spec, config, checkpoint = opened.spec, opened.config, opened.checkpoint
     attention = spec.layers[0].attention
     parameters = sum(prod(shape) for shape in checkpoint.shapes().values())
     kv_token = kv_bytes_per_token(spec, config.kv_dtype)
-    # Packed weights are unpacked to dtype when they are loaded.
-    needed = parameters * DTYPE_BYTES[config.dtype] + config.num_blocks * config.block_size * kv_token
+    loaded = loaded_bytes(checkpoint, config)
+    cache = config.num_blocks * config.block_size * kv_token
+    needed = loaded + cache
     free = probe_hardware().free_memory_bytes
     names = [name for name in config.__dataclass_fields__ if name != "reasons"]
     return {
@@ -203,18 +225,42 @@ def describe_model(opened: OpenModel) -> dict[str, Any]:
         "settings": {
             name: {"value": getattr(config, name), "reason": config.reasons.get(name, "the default")} for name in names
         },
+        "loaded_weight_bytes": loaded,
+        "kv_cache_bytes": cache,
         "needed_bytes": needed,
         "free_bytes": free,
         "fits": needed <= free,
     }
 
 
+def loaded_bytes(checkpoint: Checkpoint, config: ResolvedConfig) -> int:
+    """Of the weights in memory, from the headers. Weights as stored: exact for GGUF and plain numbers."""
+    from collections import Counter
+    from math import prod
+
+    from headrace.core.sizing import DTYPE_BYTES, stored_bytes
+
+    numbers = {name: prod(shape) for name, shape in checkpoint.shapes().items()}
+    if config.quant == "none":
+        return sum(numbers.values()) * DTYPE_BYTES[config.dtype]
+    if checkpoint.format != "gguf":
+        return checkpoint.nbytes
+    counts: Counter[str] = Counter()
+    for name, count in numbers.items():
+        counts[checkpoint.tensor(name).scheme] += count
+    return stored_bytes(counts)
+
+
 def warnings_of(found: Mapping[str, Any]) -> list[str]:
     """What makes headrace slower, or stops it, and can be changed."""
+    from headrace.core.resolve import INSTALL
+
     cpu, memory, said = found["cpu"], found["memory"], []
     usable, quota, load = cpu["cores_usable"], cpu["quota_cores"], cpu["load_1min"]
     if not found["usable"]:
-        said.append("No backend can run: pip install 'headrace[torch]'.")
+        said.append(f"No backend can run. For the native kernels, {INSTALL['native']}; for torch, {INSTALL['torch']}.")
+    elif any(one["name"] == "native" and not one["available"] for one in found["backends"]):
+        said.append(f"Without its native kernels headrace is several times slower: {INSTALL['native']}.")
     if quota is not None and quota < usable:
         advised = max(1, int(quota))
         said.append(
@@ -267,12 +313,10 @@ def render(found: Mapping[str, Any], style: Style, width: int) -> str:
         Row("not installed", ", ".join(missing) or "–"),
         Row("environment", environment_text(found["environment"])),
     ]
-    if "torch" in missing:
-        software.insert(3, Row("", "torch: pip install 'headrace[torch]'"))
     sections = [
         ("Machine", machine_rows(found)),
         ("Software", software),
-        ("Backends", [backend_row(one) for one in found["backends"]]),
+        ("Backends", backend_rows(found)),
         ("Models", storage_rows(found)),
     ]
     if found["model"] is not None:
@@ -323,12 +367,26 @@ def environment_text(environment: Mapping[str, str | None]) -> str:
     return ", ".join(parts) or "nothing that matters is set"
 
 
+def backend_rows(found: Mapping[str, Any]) -> list[Row]:
+    rows = [backend_row(one) for one in found["backends"]]
+    if any(one["name"] == "native" and not one["available"] for one in found["backends"]):
+        rows.append(Row("compiler", found["compiler"] or "no C++ compiler is on the PATH"))
+    chosen = found["auto"]
+    return [*rows, Row("auto", "none of them" if chosen is None else f"{chosen['backend']}: {chosen['reason']}")]
+
+
 def backend_row(backend: Mapping[str, Any]) -> Row:
     if not backend["available"]:
         return Row(backend["name"], f"no: {backend['why']}", good=False)
     # The library's own number of threads is not the one that headrace will set.
     found = {name: value for name, value in backend["found"].items() if name != "threads"}
-    return Row(backend["name"], "yes: " + ", ".join(f"{name} {spelled(found[name])}" for name in found), good=True)
+    text = ", ".join(f"{name} {spelled(found[name])}" for name in found)
+    if "built" in found:
+        usable = found["available"]
+        text = f"{found['instructions']} kernels, the fastest that this CPU runs of {', '.join(found['built'])}"
+        if lacking := [name for name in found["built"] if name not in usable]:
+            text += f" (it lacks what {', '.join(lacking)} needs)"
+    return Row(backend["name"], f"yes: {text}", good=True)
 
 
 def storage_rows(found: Mapping[str, Any]) -> list[Row]:
@@ -350,7 +408,8 @@ def model_rows(model: Mapping[str, Any]) -> list[Row]:
     bits = 8 * model["weight_bytes"] / max(1, model["parameters"])
     chat = "with a chat template" if model["chat_template"] else "no chat template"
     shape = f"{model['layers']} layers of {model['hidden_size']}, {model['heads']} heads, {model['kv_heads']} of KV"
-    needs = f"about {size(model['needed_bytes'])} with its KV cache, {size(model['free_bytes'])} free"
+    parts = f"{size(model['loaded_weight_bytes'])} of weights, up to {size(model['kv_cache_bytes'])} of KV cache"
+    needs = f"{parts}, {size(model['free_bytes'])} free"
     return [
         Row("architecture", f"{model['architecture']} ({model['format']}): {shape}"),
         Row("context", f"{model['context']} tokens, vocabulary of {model['vocab_size']}"),

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from headrace.engine.hardware import ROOT, as_int, cpu_quota, memory_limit, read_text
@@ -35,6 +34,7 @@ X86 = ("avx2", "avx512", "vnni", "avx_vnni", "bf16", "amx")
 ARM = ("neon", "dotprod", "i8mm", "sve", "arm_bf16")
 GPU_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
 GPU_TIMEOUT_S = 10.0
+COMPILERS = ("c++", "g++", "clang++")
 MIB = 2**20
 MOST_FILES = 200_000
 
@@ -177,8 +177,17 @@ def _card(line: str) -> dict[str, object]:
     }
 
 
+def compiler(environ: Mapping[str, str]) -> str | None:
+    """The C++ compiler that an installation would take: CXX, else the first on the PATH. It is not started."""
+    chosen = environ.get("CXX", "").split()
+    found = (shutil.which(name, path=environ.get("PATH")) for name in (chosen[:1] or COMPILERS))
+    return next((path for path in found if path), None)
+
+
 def packages() -> dict[str, str | None]:
-    """Package -> version, None where it is not installed. Nothing is imported."""
+    """Package -> version, None where it is not installed. None of them is imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

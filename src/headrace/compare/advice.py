@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.compare.measure import WARM_UP_TOKENS, Claim, Timing, judge
 from headrace.compare.runner import Comparison, MethodResult
 from headrace.compare.verdict import LOSSLESS_MEAN_KL
+from headrace.core.resolve import precision_text
+
+ROUNDING: Mapping[str, str] = {
+    "none": "",
+    "stored": " Activations are rounded to 8 bits where they meet packed weights: the KL tells what that does. What "
+    "the checkpoint's own packing has lost is in both.",
+    "int8": " Activations are rounded to 8 bits too, where they meet such weights.",
+    "int4": " Activations are rounded to 8 bits, where they meet such weights.",
+}
+"""quant -> what there is to say of it beside the same-model verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,7 @@ def measured_text(comparison: Comparison) -> str:
     count = comparison.repeats
     warm_up = min(WARM_UP_TOKENS, workload.max_tokens)
     return (
-        f"Measured: {comparison.model_name}, {config.backend} backend, {config.dtype}, "
+        f"Measured: {comparison.model_name}, {config.backend} backend, {precision_text(config)}, "
         f"{config.threads} {plural(config.threads, 'thread')}; {len(workload.prompts)} questions that arrive together, "
         f"greedy, up to {workload.max_tokens} output tokens each; {count} {plural(count, 'round')} in rotated order "
         f"after a warm-up of {warm_up} tokens; prefix cache off. Loading took {comparison.load_s:.1f} s and is "
@@ -94,13 +104,14 @@ def model_text(comparison: Comparison) -> str:
     config = comparison.config
     if comparison.one_scoring:
         return (
-            f"Same model: {config.backend} {config.dtype} is the fp32 reference itself, so one teacher-forced run "
+            f"Same model: {config.backend} float32 is the fp32 reference itself, so one teacher-forced run "
             "served both sides and KL is 0 by definition; top-1 says whether every token was its likeliest."
         )
     divergence = comparison.base.same_model.divergence
     where = "" if divergence is None else f" {comparison.base.name} and fp32: {divergence}."
     return (
-        "Same model: every answer teacher-forced through the torch float32 backend and through "
-        f"{config.backend} {config.dtype}; KL(fp32 ‖ method) per output token in nats. Lossless means that every token "
-        f"is fp32's likeliest and mean KL ≤ {LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain).{where}"
+        f"Same model: every answer teacher-forced through the {config.backend} backend twice, in fp32 (the "
+        f"checkpoint's weights as float32, float32 KV cache) and as measured ({precision_text(config)}); "
+        "KL(fp32 ‖ method) per output token in nats. Lossless means that every token is fp32's likeliest and mean KL ≤ "
+        f"{LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain).{ROUNDING[config.quant]}{where}"
     )

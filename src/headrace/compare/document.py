@@ -44,7 +44,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
         "warm_up": {"runs": 1, "max_tokens": min(WARM_UP_TOKENS, workload.max_tokens)},
         "peak_rss_bytes": comparison.peak_rss_bytes,
         "same_model": {
-            "reference": "torch float32",
+            "reference": f"{comparison.config.backend} float32, float32 KV cache",
             "lossless_mean_kl": LOSSLESS_MEAN_KL,
             "one_scoring_served_both": comparison.one_scoring,
         },

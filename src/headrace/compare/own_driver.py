@@ -6,21 +6,37 @@ the engine's client one by one as they arrive, and are timed as their events com
 
 from __future__ import annotations
 
-import math
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from headrace import __version__
+from headrace.backends.base import Backend, BackendOptions
 from headrace.compare.drivers.serve import Asked, Run, serve
-from headrace.core.config import EngineConfig
 from headrace.core.errors import EngineError
-from headrace.core.types import ErrorEvent, FinishEvent, SamplingParams, TokenEvent
+from headrace.core.types import Capacity, ErrorEvent, FinishEvent, SamplingParams, TokenEvent
 from headrace.engine.client import InProcessClient
 from headrace.engine.llm import make_config
-from headrace.engine.model import OpenModel
+from headrace.engine.model import OnProgress, OpenModel
 
 LIBRARIES = ("torch", "numpy")
+SHOWN = ("backend", "dtype", "quant", "kv_dtype", "threads", "max_num_batched_tokens", "num_blocks")
+"""Settings as they were resolved."""
+
+
+class WatchedModel(OpenModel):
+    """Keeps what its backend says of itself once it is loaded."""
+
+    weights_bytes = 0
+    explained = ""
+
+    def load_backend(
+        self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
+    ) -> tuple[Backend, Capacity]:
+        backend, capacity = super().load_backend(name, options, on_progress)
+        self.weights_bytes = backend.memory()["weights"]
+        self.explained = backend.explain().partition("\n")[0]
+        return backend, capacity
 
 
 class Engine:
@@ -33,17 +49,17 @@ class Engine:
             **task.get("settings", {}),
             "prefix_cache": False,
         }
-        config: EngineConfig = make_config(str(task["model"]), settings)
-        self._opened = OpenModel(config)
+        self._opened = WatchedModel(make_config(str(task["model"]), settings))
         core, _ = self._opened.start()
         self._client = InProcessClient(core)
         self._count = 0
         resolved = self._opened.config
         return {
             "versions": {"headrace": __version__} | {name: found for name in LIBRARIES if (found := installed(name))},
-            "weights_bytes": weights_bytes(self._opened),
+            "weights_bytes": self._opened.weights_bytes,
             "scheduling": "continuous",
-            "settings": settings | {"backend": resolved.backend, "dtype": resolved.dtype},
+            "settings": settings | {name: getattr(resolved, name) for name in SHOWN},
+            "isa": self._opened.explained,
         }
 
     def run(self, run: Run) -> None:
@@ -69,14 +85,6 @@ class Engine:
         request = self._opened.request(f"peer-{self._count}", asked.token_ids, sampling, time.monotonic())
         self._client.submit(request)
         return request.id
-
-
-def weights_bytes(opened: OpenModel) -> int:
-    """What a step of one row reads: the torch backend holds every weight in its dtype, others as the file packs it."""
-    if opened.config.backend != "torch":
-        return opened.checkpoint.nbytes
-    size = 4 if opened.config.dtype == "float32" else 2
-    return size * sum(math.prod(shape) for shape in opened.checkpoint.shapes().values())
 
 
 def installed(package: str) -> str | None:

@@ -211,28 +211,27 @@ class PeerCache:
             return path
         kind, _, suffix = name.rpartition(".")
         if model in RANDOM_SHAPES and path == self.source(model):
-            return self._convert("random", [model, str(self.source(DEMO)), str(path)])
+            return self._convert("random", self.source(DEMO), path, model)
         if suffix == "gguf":
-            return self._convert("gguf", [str(self.make_source(model)), str(path), kind])
+            return self._convert("gguf", self.make_source(model), path, kind)
         if name == "hf":
-            return self._convert("hf", [str(self.make_source(model)), str(path)])
+            return self._convert("hf", self.make_source(model), path)
         command, _, precision = name.partition("-")
-        return self._convert(command, [str(self.make_file(model, "hf")), str(path), precision])
+        return self._convert(command, self.make_file(model, "hf"), path, precision)
 
     def make_source(self, model: str) -> Path:
         source = self.source(model)
         return source if source.exists() else self.make_file(model, source.name)
 
-    def _convert(self, command: str, arguments: list[str]) -> Path:
+    def _convert(self, command: str, source: Path, target: Path, kind: str = "") -> Path:
         python = self.make_environment(CONVERTERS[command])
-        target = Path(arguments[1] if command != "random" else arguments[2])
         self.say(f"making {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(target.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
         variables = {**self.environment, "HF_HUB_OFFLINE": "1"}
-        line = [str(python), "-I", str(DRIVERS / "convert.py"), command, *arguments]
+        line = [str(python), "-I", str(DRIVERS / "convert.py"), command, str(source), str(target), kind]
         self._call(f"setup: converting to {target.name}", line, variables, CONVERT_S)
         return target
 

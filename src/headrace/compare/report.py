@@ -12,6 +12,7 @@ from headrace.compare.charts import seconds_chart, timeline_chart
 from headrace.compare.measure import WARM_UP_TOKENS, Claim, Spread, figure, ratio_figure
 from headrace.compare.runner import Comparison, MethodResult
 from headrace.compare.verdict import SameModel, percent
+from headrace.core.resolve import precision_text
 
 STUDY: Sequence[tuple[str, str, str]] = (
     ("static batch against one by one", "3.307", "batch"),
@@ -41,11 +42,12 @@ def page(comparison: Comparison) -> str:
     )
     when = comparison.measured_at[:16].replace("T", " ") + " UTC"
     title = f"{advice.headline} · {comparison.model_name}"
+    kicker = (comparison.model_name, f"{comparison.config.backend}, {precision_text(comparison.config)}", when)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<p class="kicker">headrace compare · {_safe(comparison.model_name)} · {_safe(when)}</p>\n'
+        f'<p class="kicker">headrace compare · {" · ".join(map(_safe, kicker))}</p>\n'
         f"<h1>{_safe(advice.headline)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
 
@@ -77,7 +79,8 @@ def _summary(comparison: Comparison, sentences: Sequence[str]) -> str:
     )
     rows = [_row(result) for result in comparison.methods]
     said = "".join(f"<p>{_safe(sentence)}</p>\n" for sentence in sentences)
-    return f'{said}{_grid(head, rows)}\n<p class="note">Median over the rounds, and below it the range.</p>'
+    note = "Median over the rounds, and below it the range. Same model: against the checkpoint's weights in fp32."
+    return f'{said}{_grid(head, rows)}\n<p class="note">{_safe(note)}</p>'
 
 
 def _row(result: MethodResult) -> str:
@@ -192,8 +195,8 @@ def _method(comparison: Comparison) -> str:
         "only if every round says so, and so clearly that two equal methods would look like it in at most 5 % of "
         "comparisons (five rounds by their pairs; three or four if the times do not overlap at all).",
         f"What the pairs say: {claims}." if claims else "Only one method was run.",
-        "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend and "
-        "precision.",
+        "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend, "
+        "precision and KV cache.",
         model_text(comparison),
         *(f"{result.name} under the fp32 model: {quality_text(result.same_model)}." for result in comparison.methods),
         f"Batching bound: Σ lengths / max length of serial's answers is {comparison.bound:.2f}. So much faster than "

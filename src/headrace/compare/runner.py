@@ -13,7 +13,7 @@ from headrace.compare.machine import Machine, probe_machine
 from headrace.compare.measure import Timing, batching_bound, run_rounds, time_method
 from headrace.compare.methods import BASE, Outcome
 from headrace.compare.methods.admission import AdmissionMethod, describe
-from headrace.compare.score import Known, is_reference, loader, score
+from headrace.compare.score import Known, is_reference, loader, reference_of, score
 from headrace.compare.verdict import Divergence, SameModel, Scored, same_arithmetic, same_model
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
@@ -118,8 +118,8 @@ def score_runs(opened: OpenModel, workload: Workload, runs: Mapping[str, tuple[O
     known: list[Known] = [(workload.prompts[question], output) for question, output in answers]
     longest = max(len(prompt) + len(output) for prompt, output in known)
     config = opened.config
-    own = loader(opened, longest, reference=False)
-    reference = None if is_reference(config) else loader(opened, longest, reference=True)
+    own = loader(opened, config, longest)
+    reference = None if is_reference(config) else loader(opened, reference_of(config), longest)
     return dict(zip(answers, score(known, config.block_size, own, reference), strict=True))
 
 

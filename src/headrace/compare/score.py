@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import numpy as np
@@ -25,27 +25,29 @@ from headrace.engine.model import OpenModel
 
 CHUNK = 64
 """Positions computed, and held as logits, at once."""
-REFERENCE_BACKEND, REFERENCE_DTYPE = "torch", "float32"
-
 Logits = NDArray[np.float32]
 Known = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt, output) in token ids."""
 Load = Callable[[], Backend]
 
 
+def reference_of(config: ResolvedConfig) -> ResolvedConfig:
+    """What the same-model verdict refers to: plain float32 weights, arithmetic and KV cache, on the methods' own
+    backend, so that the verdict does not hang on what else is installed."""
+    return replace(config, dtype="float32", quant="none", kv_dtype="float32")
+
+
 def is_reference(config: ResolvedConfig) -> bool:
     """Whether the methods run in the very arithmetic that the same-model verdict refers to."""
-    return (config.backend, config.dtype) == (REFERENCE_BACKEND, REFERENCE_DTYPE)
+    return config == reference_of(config)
 
 
-def loader(opened: OpenModel, longest: int, reference: bool) -> Load:
-    """What loads a backend with room for one row of `longest` tokens: that of the reference, or the methods' own."""
-    config = opened.config
-    backend = REFERENCE_BACKEND if reference else config.backend
+def loader(opened: OpenModel, config: ResolvedConfig, longest: int) -> Load:
+    """What loads a backend as `config` says, with room for one row of `longest` tokens."""
     options = BackendOptions(
-        dtype=REFERENCE_DTYPE if reference else config.dtype,
-        quant="none" if reference else config.quant,
-        kv_dtype=REFERENCE_DTYPE if reference else config.kv_dtype,
+        dtype=config.dtype,
+        quant=config.quant,
+        kv_dtype=config.kv_dtype,
         threads=config.threads,
         block_size=config.block_size,
         num_blocks=blocks_for(longest, config.block_size),
@@ -53,8 +55,7 @@ def loader(opened: OpenModel, longest: int, reference: bool) -> Load:
         max_tokens=CHUNK,
         max_model_len=longest,
     )
-
-    return lambda: opened.load_backend(backend, options)[0]
+    return lambda: opened.load_backend(config.backend, options)[0]
 
 
 def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | None) -> list[Scored]:

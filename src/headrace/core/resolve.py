@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from headrace.core.adapters import parse_adapters
 from headrace.core.config import BACKENDS, DTYPES, KV_DTYPES, QUANTS, EngineConfig, Hardware, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
@@ -12,6 +14,19 @@ CPU_MAX_NUM_SEQS = 32
 CPU_MAX_BATCHED_TOKENS = 512
 CPU_KV_SHARE = 0.25
 MIB = 2**20
+
+
+INSTALL: Mapping[str, str] = {
+    "native": "install a C++20 compiler, such as g++ 12, and then headrace again (pip install --no-cache-dir "
+    "--force-reinstall --no-deps headrace, or make in its source tree)",
+    "torch": "pip install 'headrace[torch]'",
+}
+"""Backend -> how to get what it needs."""
+WEIGHTS: Mapping[str, str] = {
+    "stored": "weights as stored",
+    "int8": "weights rounded to int8",
+    "int4": "weights rounded to int4",
+}
 
 
 def check_config(config: EngineConfig) -> None:
@@ -50,9 +65,9 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
         choose(name, None if getattr(config, name) == "auto" else value, value, reason)
         return value
 
-    backend = choose_named("backend", *_backend(config, hardware))
+    backend = choose_named("backend", *choose_backend(config, hardware))
     plain = "float32" if config.dtype == "auto" else config.dtype
-    dtype = choose_named("dtype", plain, "16-bit arithmetic is slower on most CPUs")
+    dtype = choose_named("dtype", plain, _DTYPE_REASON[backend])
     quant = choose_named("quant", *_quant(config, backend))
     kv_dtype = choose_named("kv_dtype", *_kv_dtype(config, backend, dtype))
     threads = config.threads or hardware.cores
@@ -104,15 +119,16 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     )
 
 
-def _backend(config: EngineConfig, hardware: Hardware) -> tuple[str, str]:
-    """(backend, why)"""
+def choose_backend(config: EngineConfig, hardware: Hardware) -> tuple[str, str]:
+    """(backend, why). Raises BackendUnavailable, saying what to install."""
     installed = hardware.backends
     if config.backend != "auto":
         if config.backend not in installed:
-            raise BackendUnavailable(f"backend: {config.backend} is not installed{_INSTALL[config.backend]}")
+            raise BackendUnavailable(f"backend: {config.backend} is not installed: {INSTALL[config.backend]}")
         return config.backend, ""
     if not installed:
-        raise BackendUnavailable(f"no backend is installed{_INSTALL['native']}{_INSTALL['torch']}")
+        ways = "; or for torch: ".join((INSTALL["native"], INSTALL["torch"]))
+        raise BackendUnavailable(f"no backend is installed. For the native kernels: {ways}")
     if installed[0] == "native":
         if config.kv_dtype == "float16" and "torch" in installed:
             return "torch", "it has a KV cache of float16"
@@ -120,9 +136,9 @@ def _backend(config: EngineConfig, hardware: Hardware) -> tuple[str, str]:
     return installed[0], "the native kernels are not installed"
 
 
-_INSTALL = {
-    "native": "; native: install a C++ compiler, then headrace again",
-    "torch": "; torch: pip install 'headrace[torch]'",
+_DTYPE_REASON: Mapping[str, str] = {
+    "native": "of arithmetic; weights are kept as quant says",
+    "torch": "16-bit arithmetic is slower on most CPUs",
 }
 
 
@@ -160,3 +176,9 @@ def _batch_limits(config: EngineConfig) -> tuple[int, int]:
     if batched < seqs:
         raise ConfigError(f"max_num_batched_tokens: got {batched}, allowed: ≥ max_num_seqs ({seqs})")
     return seqs, batched
+
+
+def precision_text(config: ResolvedConfig) -> str:
+    """How weights and KV cache are kept, for a reader."""
+    weights = WEIGHTS.get(config.quant, config.dtype)
+    return weights if config.kv_dtype == weights else f"{weights}, {config.kv_dtype} KV cache"

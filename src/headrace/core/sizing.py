@@ -8,6 +8,11 @@ from headrace.core.spec import ModelSpec
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4
+NATIVE_BITS: Mapping[str, float] = {
+    "f16": 16, "bf16": 16, "q4_0": 4.5, "q4_1": 5, "q5_0": 8.5, "q5_1": 9, "q8_0": 8.5,
+    "q3_K": 8.5625, "q4_K": 4.625, "q5_K": 8.625, "q6_K": 6.5625,
+}  # fmt: skip
+"""Scheme -> bits a number takes as the native backend keeps it, scales included; what is not here becomes float32."""
 
 
 def kv_values_per_token(spec: ModelSpec) -> int:
@@ -19,6 +24,11 @@ def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """int8 has a scale for each key and each value of a head."""
     scales = sum(2 * layer.attention.kv_heads for layer in spec.layers) if dtype == "int8" else 0
     return kv_values_per_token(spec) * DTYPE_BYTES[dtype] + SCALE_BYTES * scales
+
+
+def stored_bytes(numbers: Mapping[str, int]) -> int:
+    """Bytes of weights that the native backend keeps as stored; scheme -> how many numbers there are."""
+    return round(sum(count * NATIVE_BITS.get(scheme, 32) / 8 for scheme, count in numbers.items()))
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

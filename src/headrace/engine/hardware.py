@@ -9,7 +9,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +17,7 @@ from headrace.core.config import Hardware
 
 ROOT = Path("/")
 UNLIMITED = 1 << 60
-
-
-NEEDS = {"native": "headrace.backends.native._kernels", "torch": "torch"}
+NEEDS: Mapping[str, str] = {"native": "headrace.backends.native._kernels", "torch": "torch"}
 """Backend -> the module without which it cannot run; the best on a CPU first."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -18,18 +19,18 @@ from headrace.backends.base import Backend, BackendOptions
 from headrace.core.adapters import parse_adapters
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, InvalidParameter, RequestError
-from headrace.core.resolve import check_config, resolve
+from headrace.core.resolve import INSTALL, check_config, resolve
 from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
 from headrace.core.validate import validate
 from headrace.engine.core import EngineCore
-from headrace.engine.hardware import probe_hardware
+from headrace.engine.hardware import NEEDS, probe_hardware
 from headrace.models.registry import describe
 from headrace.parallel.mesh import Mesh
 from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
-from headrace.weights.checkpoint import locate, open_checkpoint
+from headrace.weights.checkpoint import Checkpoint, locate, open_checkpoint
 from headrace.weights.loader import stream
 from headrace.weights.lora import Adapter, read_adapter
 from headrace.weights.qtensor import QTensor
@@ -39,6 +40,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 """Text (continued as it is), token ids, or chat messages (put through the model's template)."""
 OnProgress = Callable[[float], None]
 """Hears which share of the weights has been read, 0 to 1."""
+MOST_HELD = 8 * 2**20
+"""Bytes of a checkpoint's tensors that stay in memory beside those that a backend has made of them."""
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -194,9 +197,7 @@ class OpenModel:
     ) -> tuple[Backend, Capacity]:
         """A backend of its own with this model's weights and adapters. Raises ModelError or EngineError."""
         # Names and shapes are compared here, before a backend is imported.
-        tensors: Iterable[tuple[str, QTensor]] = stream(self.checkpoint, self._weight_map)
-        if on_progress is not None:
-            tensors = _counted(tensors, self.checkpoint.nbytes, on_progress)
+        tensors = _counted(self.checkpoint, stream(self.checkpoint, self._weight_map), on_progress)
         backend = create_backend(name)
         try:
             capacity = backend.load(self.spec, tensors, options, Mesh())
@@ -209,26 +210,40 @@ class OpenModel:
 
 
 def _counted(
-    tensors: Iterable[tuple[str, QTensor]], total_bytes: int, on_progress: OnProgress
+    checkpoint: Checkpoint, tensors: Iterable[tuple[str, QTensor]], on_progress: OnProgress | None
 ) -> Iterator[tuple[str, QTensor]]:
-    """The same tensors; each is reported once the backend has taken it."""
-    done_bytes = 0
+    """The same tensors; each is reported once the backend has taken it, and the memory of the files is given back."""
+    done_bytes = held_bytes = 0
     for name, tensor in tensors:
         yield name, tensor
         done_bytes += tensor.nbytes
-        on_progress(min(1.0, done_bytes / max(1, total_bytes)))
+        held_bytes += tensor.nbytes
+        if held_bytes >= MOST_HELD:
+            checkpoint.drop_pages()
+            held_bytes = 0
+        if on_progress is not None:
+            on_progress(min(1.0, done_bytes / max(1, checkpoint.nbytes)))
+    checkpoint.drop_pages()
 
 
 def create_backend(name: str) -> Backend:
     """An unloaded backend. Raises BackendUnavailable if what it needs is not installed."""
     if name == "native":
-        from headrace.backends.native.backend import NativeBackend
-
+        if find_spec(NEEDS[name]) is None:
+            raise BackendUnavailable(f"backend native: its kernels were not built: {INSTALL[name]}")
+        try:
+            from headrace.backends.native.backend import NativeBackend
+        except ImportError as error:
+            if error.name is None or not NEEDS[name].endswith(error.name):
+                raise
+            raise BackendUnavailable(
+                f"backend native: its kernels cannot be loaded ({error.msg}): {INSTALL[name]}"
+            ) from error
         return NativeBackend()
     try:
         from headrace.backends.torch.backend import TorchBackend
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("torch"):
             raise
-        raise BackendUnavailable("backend torch needs the torch package: pip install 'headrace[torch]'") from error
+        raise BackendUnavailable(f"backend torch needs the torch package: {INSTALL[name]}") from error
     return TorchBackend()

@@ -124,6 +124,10 @@ class Checkpoint(ABC):
         return tuple(tensor.dequantise().tolist())
 
     @abstractmethod
+    def drop_pages(self) -> None:
+        """Gives back the memory that reading tensors has taken. Those handed out stay valid: they are read again."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
     def droppable(self, name: str) -> bool:
@@ -192,6 +196,9 @@ class GGUFCheckpoint(Checkpoint):
         if name not in self._shapes:
             raise CheckpointError(f"{shorten(self.path.name)}: no tensor {shorten(name)}")
         return self._file.tensor(name)
+
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
 
     def close(self) -> None:
         self._file.close()
@@ -267,6 +274,10 @@ class FolderCheckpoint(Checkpoint):
         if part != "bias" or f"{module}.weight" not in self._packed or name not in self._shapes:
             return False
         return not self.tensor(name).dequantise().any()
+
+    def drop_pages(self) -> None:
+        for file in self._files.values():
+            file.drop_pages()
 
     def close(self) -> None:
         for file in self._files.values():

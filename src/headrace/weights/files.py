@@ -5,6 +5,9 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.core import strict_json
 from headrace.core.errors import CheckpointError, shorten
 
@@ -30,6 +33,12 @@ def map_file(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: cannot be read: {error}") from error
+
+
+def drop_pages(data: NDArray[np.uint8]) -> None:
+    """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again."""
+    if isinstance(data.base, mmap.mmap):
+        data.base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

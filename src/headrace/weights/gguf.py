@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.core.errors import CheckpointError, UnsupportedModel, shorten
-from headrace.weights.files import map_file
+from headrace.weights.files import drop_pages, map_file
 from headrace.weights.qtensor import SCHEMES, QTensor
 
 MAX_HEADER = 128 * 2**20
@@ -228,6 +228,11 @@ class GGUFFile:
                 f"{self._where}: tensor {shorten(name)} is {info.type_name}, supported: {', '.join(READ_TYPES)}"
             )
         return QTensor.from_bytes(_SCHEME_OF[info.type_name], info.shape, self.raw(name))
+
+    def drop_pages(self) -> None:
+        """See `files.drop_pages`; nothing after `close`."""
+        if self._bytes is not None:
+            drop_pages(self._bytes)
 
     def close(self) -> None:
         """Views already handed out stay valid; the memory goes with the last of them."""

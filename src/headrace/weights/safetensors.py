@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.core.errors import CheckpointError, UnsupportedModel, shorten
-from headrace.weights.files import map_file, parse_object
+from headrace.weights.files import drop_pages, map_file, parse_object
 from headrace.weights.qtensor import QTensor
 
 MAX_HEADER = 100_000_000
@@ -102,6 +102,11 @@ class SafetensorsFile:
                 f"{self._where}: tensor {shorten(name)} is {entry.dtype}, supported: {', '.join(_SCHEMES)}"
             )
         return QTensor.from_bytes(_SCHEMES[entry.dtype], entry.shape, self.raw(name))
+
+    def drop_pages(self) -> None:
+        """See `files.drop_pages`; nothing after `close`."""
+        if self._bytes is not None:
+            drop_pages(self._bytes)
 
     def close(self) -> None:
         """Views already handed out stay valid; the memory goes with the last of them."""

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 Array = NDArray[Any]
 
+def built_instruction_sets() -> list[str]: ...
 def instruction_sets() -> list[str]: ...
 
 class Packer:

@@ -26,6 +26,9 @@ from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
 NO_ADAPTER = -1
+MAX_BLOCKS = 2**31 - 1
+QUANTS = ("none", "stored", "int8", "int4")
+KV_TYPES = ("float32", "bfloat16", "int8")
 PHASES = ("prepare", "forward", "sample")
 
 
@@ -88,9 +91,13 @@ class NativeBackend:
             raise EngineError("load() of a native backend that is closed or already holds a model")
         if (mesh.tp, mesh.pp) != (1, 1):
             raise UnsupportedModel(f"mesh: {mesh.tp} × {mesh.pp} ranks, the native backend runs on 1 × 1")
-        if options.dtype not in COMPUTE_TYPES:
-            raise ConfigError(f"dtype: got {shorten(options.dtype)}, allowed: {', '.join(COMPUTE_TYPES)}")
+        choices = {"dtype": COMPUTE_TYPES, "quant": QUANTS, "kv_dtype": KV_TYPES}
+        for name, allowed in choices.items():
+            if (value := getattr(options, name)) not in allowed:
+                raise ConfigError(f"{name}: got {shorten(value)}, allowed: {', '.join(allowed)}")
         with _memory_errors("loading: the weights and the KV cache do not fit in memory"):
+            if options.num_blocks > MAX_BLOCKS:
+                raise MemoryError
             self._loaded = Loaded(spec, tensors, options, self._instruction_set)
         return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
 
@@ -127,9 +134,10 @@ class NativeBackend:
             raise EngineError(f"plan {plan.step} submitted before the result of plan {self._result.step} was taken")
         try:
             self._result = self._run(loaded, plan)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             loaded.session.cancel()
-            raise EngineError(str(error)) from error
+            wide = isinstance(error, TypeError)
+            raise EngineError("the plan holds a number of more than 32 bits" if wide else str(error)) from error
 
     def result(self) -> StepResult:
         """Raises EngineError if no plan is unanswered."""
@@ -144,6 +152,7 @@ class NativeBackend:
             "device": "cpu",
             "instructions": self._instruction_set,
             "available": instruction_sets(),
+            "built": _kernels.built_instruction_sets(),
         }
 
     def explain(self) -> str:
@@ -152,14 +161,15 @@ class NativeBackend:
         cycles = loaded.session.cycles
         total = max(1, sum(cycles))
         options = loaded.options
+        wide = max(len(line.kernel) for line in loaded.compiled.lines)
         lines = [
             f"native, {loaded.instruction_set}, {options.threads} threads, weights {options.quant}, "
             f"keys and values {options.kv_dtype}: {len(cycles)} operations, one call a step",
-            f"{'operation':<24}{'shape':<36}{'MB':>9}  {'kernel':<22}{'time':>7}",
+            f"{'operation':<24}{'shape':<36}{'MB':>9}  {'kernel':<{wide}}{'time':>9}",
         ]
         for line, spent in zip(loaded.compiled.lines, cycles, strict=True):
             lines.append(
-                f"{line.name:<24}{line.shape:<36}{line.nbytes / 1e6:>9.3f}  {line.kernel:<22}{spent / total:>7.2%}"
+                f"{line.name:<24}{line.shape:<36}{line.nbytes / 1e6:>9.3f}  {line.kernel:<{wide}}{spent / total:>9.2%}"
             )
         return "\n".join(lines)
 
@@ -229,9 +239,7 @@ def _row_out(step: RowStep, answer: _kernels.Answer) -> RowOut:
     if not logprobs and logits is None and not prompt_logprobs:
         return RowOut(step.row, tokens, accepted)
     each = tuple(TokenLogprobs(*one) for one in logprobs)
-    return RowOut(
-        step.row, tokens, accepted, each, None, logits, tuple(TokenLogprobs(*one) for one in prompt_logprobs)
-    )
+    return RowOut(step.row, tokens, accepted, each, None, logits, tuple(TokenLogprobs(*one) for one in prompt_logprobs))
 
 
 @contextmanager

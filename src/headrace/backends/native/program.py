@@ -191,9 +191,9 @@ class _Compiler:
         self._program.experts(
             router, experts, x, y, buffers, chosen, width, moe.normalise_weights, spec.gated, spec.activation
         )
-        prefix = name_in_layer(index, "mlp.experts.")
-        nbytes = sum(size for name, size in self._nbytes.items() if name.startswith(prefix))
-        kinds = sorted({self._kinds[name] for name in self._kinds if name.startswith(prefix)})
+        names = [name for name in self._nbytes if name.startswith(name_in_layer(index, "mlp."))]
+        nbytes = sum(self._nbytes[name] for name in names)
+        kinds = sorted({self._kinds[name] for name in names if name != name_in_layer(index, ROUTER)})
         self._line(f"{index} experts", f"{chosen} of {moe.num_experts} × {width}", nbytes, ", ".join(kinds))
 
     def _head(self, hidden: int, table: _kernels.Weight) -> int:

@@ -125,5 +125,6 @@ def _stored(packer: _kernels.Packer, tensor: QTensor) -> _kernels.Weight | None:
     minima = None
     if "z" in tensor.planes:
         zeros = tensor.planes["z"].astype(np.float32) + np.float32(0 if bits == 4 else 128)
-        minima, zero = -zeros * scales, 0
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale that is not finite gives such values
+            minima, zero = -zeros * scales, 0
     return _kernels.pack_scaled(packer, bits, np.ascontiguousarray(codes), scales, minima, zero)

@@ -5,7 +5,7 @@
     PYTHON -I convert.py ctranslate2 HF_FOLDER   FOLDER     TYPE   int8_float32 or float32
     PYTHON -I convert.py openvino    HF_FOLDER   FOLDER     TYPE   fp32, int8 or int4
     PYTHON -I convert.py onnxruntime HF_FOLDER   FOLDER     TYPE   int4 or fp32
-    PYTHON -I convert.py random      SHAPE  DEMO.gguf  FILE.gguf   random float16 weights; tokenizer of DEMO.gguf
+    PYTHON -I convert.py random      MODEL.gguf  FILE.gguf  SHAPE  random float16 weights, with MODEL's tokenizer
 
 A standalone script: PYTHON is the interpreter of an environment that has what the command imports. A converted folder
 gets a file `headrace-peer.json` with the bytes of weights that one step of one row reads.
@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ OPENVINO_FLAGS = (
 )
 
 
-def to_hf(source: Path, target: Path) -> None:
+def to_hf(source: Path, target: Path, _: str) -> None:
     """`save_pretrained` refuses a model that was loaded from GGUF; a fresh one with its weights it saves."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,15 +76,8 @@ def to_ctranslate2(source: Path, target: Path, kind: str) -> None:
 
 def to_openvino(source: Path, target: Path, kind: str) -> None:
     command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "-m", str(source)]
-    command += [
-        "--task",
-        "text-generation-with-past",
-        "--weight-format",
-        kind,
-        *dict(OPENVINO_FLAGS)[kind],
-        str(target),
-    ]
-    subprocess.run(command, check=True)
+    command += ["--task", "text-generation-with-past", "--weight-format", kind, *dict(OPENVINO_FLAGS)[kind]]
+    subprocess.run([*command, str(target)], check=True)
     write_facts(target, (target / "openvino_model.bin").stat().st_size)
 
 
@@ -100,7 +94,7 @@ def to_onnxruntime(source: Path, target: Path, kind: str) -> None:
     write_facts(target, sum(size for name, size in sizes.items() if name not in gathered or name in used))
 
 
-def to_random(shape: str, tokenizer: Path, target: Path) -> None:
+def to_random(tokenizer: Path, target: Path, shape: str) -> None:
     """Normal weights of standard deviation 0.02, norms of one, from a fixed seed."""
     import gguf
     import numpy as np
@@ -164,17 +158,17 @@ def write_facts(folder: Path, weights_bytes: int) -> None:
 
 
 def main(command: str, source: str, target: str, kind: str = "") -> None:
-    if command == "random":
-        target, kind = kind, target
+    steps: dict[str, Callable[[Path, Path, str], None]] = {
+        "hf": to_hf,
+        "gguf": to_gguf,
+        "ctranslate2": to_ctranslate2,
+        "openvino": to_openvino,
+        "onnxruntime": to_onnxruntime,
+        "random": to_random,
+    }
     made = Path(target)
     unfinished = made.with_name(made.name + ".unfinished")
-    if command == "random":
-        to_random(source, Path(kind), unfinished)
-    elif command == "hf":
-        to_hf(Path(source), unfinished)
-    else:
-        steps = {"gguf": to_gguf, "ctranslate2": to_ctranslate2, "openvino": to_openvino, "onnxruntime": to_onnxruntime}
-        steps[command](Path(source), unfinished, kind)
+    steps[command](Path(source), unfinished, kind)
     unfinished.rename(made)
 
 
