@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +34,7 @@ from benchmarks.quality_score import Logits, Tally, Truth
 from benchmarks.quality_shift import shifted
 
 from headrace.backends.base import BackendOptions
+from headrace.compare.files import ReportFile
 from headrace.compare.machine import probe_machine
 from headrace.core.errors import EngineError, HeadraceError, InvalidParameter, shorten
 from headrace.core.sizing import blocks_for
@@ -126,8 +126,9 @@ class NativeSource:
             tensors = _shifted(tensors, found.spec.layers[0].attention.head_dim)
         self.kv = row.kv
         self._backend = create_backend("native")
-        self._driver = Driver(self._backend, self._backend.load(found.spec, tensors, options, Mesh()))
-        checkpoint.close()
+        with closing(checkpoint):
+            self._driver = Driver(self._backend, self._backend.load(found.spec, tensors, options, Mesh()))
+        self.instructions = str(self._backend.probe()["instructions"])
 
     def chunks(self, window: Window) -> Iterator[Logits]:
         driver = self._driver
@@ -204,9 +205,8 @@ def make_windows(model: Path, tokens: int) -> list[list[int]]:
     """At least `tokens` counted positions. Raises InvalidParameter if the text has not so many."""
     from pydoc_data.topics import topics
 
-    checkpoint = open_checkpoint(model)
-    token_ids = load_tokenizer(checkpoint).encode("\n\n".join(topics[name] for name in sorted(topics)), False)
-    checkpoint.close()
+    with closing(open_checkpoint(model)) as checkpoint:
+        token_ids = load_tokenizer(checkpoint).encode("\n\n".join(topics[name] for name in sorted(topics)), False)
     return spread(token_ids, tokens)
 
 
@@ -269,7 +269,8 @@ def number_text(value: float) -> str:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was measured, as plain data."""
-    model, others = Path(locate(arguments.model)), [Path(file) for file in arguments.gguf]
+    model = Path(locate(arguments.model))
+    others = [file for file in dict.fromkeys(Path(file) for file in arguments.gguf) if file != model]
     windows = make_windows(model, arguments.tokens)
     with ExitStack() as stack:
 
@@ -285,7 +286,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         references = [(file, opened(reference(file))) for file in (model, *others)]
         rows = [(row, opened(row)) for row in formats(model, others, arguments.llama_cpp is not None)]
         of_references, of_rows = measure(windows, references, rows)
-        versions = {source.version for _, source in rows if isinstance(source, LlamaSource)}
+        llama_cpp = {source.version for _, source in rows if isinstance(source, LlamaSource)}
+        instructions = {source.instructions for _, source in rows if isinstance(source, NativeSource)}
     results = [
         {
             "engine": row.engine,
@@ -302,7 +304,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "schema": SCHEMA,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(probe_machine()),
-        "versions": {"python": platform.python_version(), "llama-cpp-python": ", ".join(versions) or None},
+        "instructions": ", ".join(instructions),
+        "llama_cpp_python": ", ".join(llama_cpp) or None,
         "window": WINDOW,
         "counted_of_window": COUNTED,
         "positions": COUNTED * len(windows),
@@ -317,16 +320,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=20000, help="at least so many positions are counted")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args(argv)
+    if arguments.threads < 1:
+        parser.error("--threads: at least 1")
     try:
+        report = None if arguments.json is None else ReportFile("json", arguments.json)
         found = run(arguments)
+        print(table(found["results"]))
+        if report is not None:
+            report.write(json.dumps(found, indent=2) + "\n")
     except (HeadraceError, OSError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
-    print(table(found["results"]))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return 0
 
 

@@ -41,7 +41,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def llm(demo_path: Path) -> LLM:
-    with LLM("demo", dtype="float32", threads=2) as llm:
+    with LLM("demo", backend="native", dtype="float32", threads=2) as llm:
         yield llm
 
 
@@ -61,6 +61,12 @@ def expected(demo_path: Path, llm: LLM) -> list[list[int]]:
 
 def test_prompts_all_at_once_as_transformers(llm: LLM, expected: list[list[int]]) -> None:
     completions = llm.generate(PROMPTS, max_tokens=NUM_TOKENS)
+    assert [list(c.token_ids) for c in completions] == expected
+
+
+def test_the_torch_backend_too(demo_path: Path, expected: list[list[int]]) -> None:
+    with LLM("demo", backend="torch", threads=2) as llm:
+        completions = llm.generate(PROMPTS, max_tokens=NUM_TOKENS)
     assert [list(c.token_ids) for c in completions] == expected
 
 
@@ -159,7 +165,7 @@ def test_the_command_prints_one_object_a_request_in_order(tmp_path: Path, llm: L
         "load_s", "wall_s", "prompt_tokens", "output_tokens", "iterations", "computed_tokens", "cached_tokens",
         "preemptions", "peak_rss_bytes", "backend",
     }  # fmt: skip
-    assert stats["stats"]["output_tokens"] == 23 and stats["stats"]["backend"] == "torch"
+    assert stats["stats"]["output_tokens"] == 23 and stats["stats"]["backend"] == "native"
     prompts = sum(len(r["prompt_token_ids"]) for r in records)
     assert stats["stats"]["computed_tokens"] == prompts + 23 - 4
 

@@ -68,21 +68,23 @@ def contents(completions: Sequence[Completion]) -> list[object]:
     return [(c.token_ids, c.logprobs, c.prompt_logprobs, c.finish_reason, c.seed) for c in completions]
 
 
-def test_alone_in_company_and_after_a_preemption(model: Path) -> None:
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_alone_in_company_and_after_a_preemption(model: Path, backend: str) -> None:
     draw = random.Random(11)
     prompts = [random_prompt(draw, 60) for _ in range(32)]
     asked = [random_sampling(draw, seed) for seed in range(32)]
-    with open_llm(model) as llm:
+    with open_llm(model, backend=backend) as llm:
         alone = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, asked, strict=True)]
         assert contents(llm.generate(prompts, asked)) == contents(alone)
         assert llm.stats.preemptions == 0
-    with open_llm(model, kv_cache_mib=1, max_num_batched_tokens=40) as llm:
+    with open_llm(model, kv_cache_mib=1, max_num_batched_tokens=40, backend=backend) as llm:
         assert contents(llm.generate(prompts, asked)) == contents(alone)
         assert llm.stats.preemptions >= 5
     assert len({one.token_ids for one in alone}) > 25, "the requests differ"
 
 
-def test_prompt_logprobs_are_those_of_transformers(model: Path) -> None:
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_prompt_logprobs_are_those_of_transformers(model: Path, backend: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     prompt = random_prompt(random.Random(3), 1) + list(range(3, 90))
     with torch.inference_mode():
@@ -90,7 +92,7 @@ def test_prompt_logprobs_are_those_of_transformers(model: Path) -> None:
     wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     found = []
     for budget in (512, 33):
-        with open_llm(model, max_num_batched_tokens=budget) as llm:
+        with open_llm(model, backend=backend, max_num_batched_tokens=budget) as llm:
             for _ in range(2):  # the second time the cache holds the prompt, and must not be asked
                 (completion,) = llm.generate(prompt, max_tokens=3, prompt_logprobs=3)
                 assert completion.cached_tokens == 0

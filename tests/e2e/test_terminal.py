@@ -21,6 +21,7 @@ import pytest
 
 from headrace import LLM, SamplingParams
 from headrace.core.config import EngineConfig
+from headrace.core.sizing import kv_bytes_per_token
 from headrace.core.types import FinishEvent, FinishReason, TokenEvent
 from headrace.engine.answer import Answer
 from headrace.engine.model import OpenModel
@@ -338,6 +339,26 @@ def test_model_that_cannot_chat(tmp_path: Path) -> None:
     run = piped("Hi\n", "chat", str(tiny_checkpoint(tmp_path / "tiny")))
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and "no tokenizer" in run.stderr
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+from headrace.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_generate_needs_no_torch_and_little_memory(demo_path: Path) -> None:
+    command = ("generate", "demo", "--prompt", "The capital of France is", "--max-tokens", "8", "--json", "--stats")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, timeout=WAIT_S, check=True
+    )
+    answer, stats = (json.loads(line) for line in run.stdout.splitlines())
+    assert "Paris" in answer["text"] and stats["stats"]["backend"] == "native"
+    with closing(OpenModel(EngineConfig("demo"))) as opened:
+        cache = 13 * kv_bytes_per_token(opened.spec, "float32")
+        assert stats["stats"]["peak_rss_bytes"] < opened.checkpoint.nbytes + cache + 120 * 10**6
 
 
 def test_doctor_on_the_demo_model(demo_path: Path) -> None:

@@ -67,6 +67,14 @@ def longrope(pairs: int, original: int, **numbers: Any) -> Config:
     return {"max_position_embeddings": 1024, "original_max_position_embeddings": original, **found}
 
 
+ODD = {
+    "vocab_size": 131,
+    "hidden_size": 45,
+    "head_dim": 22,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 75,
+}
 LLAMA: Mapping[str, Case] = {
     "gqa": Case("llama"),
     "mha": Case("llama", {"num_key_value_heads": 6}),
@@ -75,6 +83,7 @@ LLAMA: Mapping[str, Case] = {
     "biases": Case("llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": Case("llama", {"head_dim": 20}),
     "odd_sizes": Case("llama", {"head_dim": 10, "intermediate_size": 77}),
+    "odd_everywhere": Case("llama", ODD),
     "gelu": Case("llama", {"hidden_act": "gelu"}),
     "gelu_tanh": Case("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama3_rope": Case("llama", LLAMA3_ROPE),

@@ -114,7 +114,7 @@ def test_a_gguf_base(
         save_file(tensors, rounded / "model.safetensors", {"format": "pt"})
         wanted = {"a": Tuned(rounded, Path(folders["a"])).greedy(PROMPT, 24)}
     write_gguf(tmp_path / "model.gguf", config, tensors, quantised=kind)
-    with LLM(str(tmp_path / "model.gguf"), threads=1, adapters=folders) as llm:
+    with LLM(str(tmp_path / "model.gguf"), dtype="float32", threads=1, adapters=folders) as llm:
         answers = llm.generate([PROMPT] * len(wanted), adapter=list(wanted), **SAMPLING)
     assert [list(answer.token_ids) for answer in answers] == list(wanted.values())
 

@@ -98,11 +98,12 @@ class TestConformance(BackendConformance):
 # ---------------------------------------------------------------- NaN
 
 
-@pytest.mark.parametrize("name", ARITHMETIC)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [(name, "llama") for name in ARITHMETIC]
+    + [(name, "qwen3_moe") for name, one in ARITHMETIC.items() if one.sizes is not WIDE],
+)
 def test_nan_stays_in_its_row(name: str, architecture: str, open_as: Callable[..., Driver]) -> None:
-    if architecture == "qwen3_moe" and ARITHMETIC[name].sizes is WIDE:
-        pytest.skip("the experts are too narrow for blocks of 256")
     clean, sick = open_as(name, architecture), open_as(name, architecture, change=poisoned)
     prompts = [[token % POISON for token in prompt_of(12 + i, i)] for i in range(6)]
     alone = [all_logits(clean, prompt) for prompt in prompts]

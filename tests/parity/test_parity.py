@@ -94,6 +94,7 @@ ALONE = (
     *FAMILIES,
     "one_kv_head",
     "odd_sizes",
+    "odd_everywhere",
     "gemma3_softcap_biases",
     "gptj_odd_sizes_old",
     "qwen3_moe_all_dense_first_old",

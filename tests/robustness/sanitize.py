@@ -13,7 +13,9 @@ extension in the place of the installed one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -32,7 +34,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
 }
-TIMEOUT_S = 600
+TIMEOUT_S = 1200
 
 
 class Missing(RuntimeError):
@@ -92,15 +94,15 @@ def write_models(folder: Path) -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
         }
-        tiny_checkpoint(path, name, vocab_size=write_tokenizer(path), **sizes, **config)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            tiny_checkpoint(path, name, vocab_size=write_tokenizer(path), **sizes, **config)
 
 
-def run(built: Path, models: Path, tests: Sequence[str]) -> int:
+def run(built: Path, models: Path, libraries: Sequence[str], tests: Sequence[str]) -> int:
     """The tests' exit status."""
-    # The sanitizer has to come first, and finds the functions of the C++ library only where that is there already.
     environment = {
         **os.environ,
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
@@ -119,6 +121,8 @@ def main() -> int:
         began = time.monotonic()
         (scratch := Path(folder) / "build").mkdir()
         try:
+            # The sanitizer has to come first, and finds what the C++ library has only where that is there already.
+            libraries = [library("libasan.so"), library("libstdc++.so.6")]
             built = build(scratch)
         except Missing as missing:
             print(f"cannot build the sanitized kernels: {missing}", file=sys.stderr)
@@ -129,7 +133,11 @@ def main() -> int:
         compiled = time.monotonic()
         (models := Path(folder) / "models").mkdir()
         write_models(models)
-        status = run(built, models, [*tests, "tests/robustness/sanitize.py"])
+        try:
+            status = run(built, models, libraries, [*tests, "tests/robustness/sanitize.py"])
+        except subprocess.TimeoutExpired:
+            print(f"the tests did not end within {TIMEOUT_S} s", file=sys.stderr)
+            return 1
         took = f"built in {compiled - began:.0f} s, run in {time.monotonic() - compiled:.0f} s"
         print(f"sanitizers: {'nothing found' if status == 0 else f'FAILED, status {status}'} ({took})")
         return int(status != 0)

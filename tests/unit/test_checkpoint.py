@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -185,6 +186,44 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     assert kept.dequantise()[3, 15] == 63
     with pytest.raises(ValueError, match="closed"):
         checkpoint.tensor("w")
+
+
+def resident_kib(name: str) -> int:
+    """Of what this process has mapped of a file of that name."""
+    found, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            found = line.endswith(name)
+        elif found and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is in memory")
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_dropped_pages_are_read_again(kind: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    if kind == "gguf":
+        path = tmp_path / "x.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("w", values)
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+    else:
+        path = tmp_path / "m"
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        save_file({"w": torch.from_numpy(values)}, path / "model.safetensors")
+    checkpoint = open_checkpoint(path)
+    tensor = checkpoint.tensor("w")
+    assert np.array_equal(tensor.dequantise(), values)
+    held = resident_kib(f".{kind}")
+    checkpoint.drop_pages()
+    assert held >= 4096 > 512 > resident_kib(f".{kind}")
+    assert np.array_equal(tensor.dequantise(), values), "what was handed out is read again"
+    checkpoint.close()
+    checkpoint.drop_pages()
 
 
 def test_a_part_of_a_split_gguf_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from headrace.cli.console import Style
 from headrace.cli.main import main
 from headrace.core.config import EngineConfig
 from headrace.core.sizing import stored_bytes
-from headrace.engine.hardware import NEEDS, probe_hardware
+from headrace.engine.hardware import NEEDS, peak_rss_bytes, probe_hardware
 from headrace.engine.model import OpenModel
 from headrace.testing.checkpoints import tiny_checkpoint
 from headrace.weights.qtensor import SCHEMES, QTensor
@@ -305,3 +305,8 @@ def test_the_engine_counts_with_what_the_control_groups_allow(tmp_path: Path) ->
     assert (found.cores, found.free_memory_bytes) == (1, 600_000)
     free = tree(tmp_path / "free", {"proc/meminfo": MEMINFO})
     assert probe_hardware(free).free_memory_bytes == 1500 * 1024
+
+
+def test_peak_memory(tmp_path: Path) -> None:
+    assert peak_rss_bytes(tree(tmp_path, {"proc/self/status": "Name:\tx\nVmHWM:\t  2048 kB\n"})) == 2 * 2**20
+    assert peak_rss_bytes(tmp_path / "nowhere") > 2**20

@@ -44,6 +44,9 @@ class Memory(Checkpoint):
         self.read.append(name)
         return self.held[name]
 
+    def drop_pages(self) -> None:
+        """Nothing is mapped."""
+
     def close(self) -> None:
         self.held = {}
 

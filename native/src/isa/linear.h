@@ -403,22 +403,41 @@ inline F32 load_numbers(const uint8_t* p) {
   return load_bf16(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Columns [start, stop) of one panel by R tokens, added to out [R][16].
-template <Codes kCodes, int R>
-inline void number_tile(const uint8_t* panel, const float* x, int64_t x_stride, int32_t start, int32_t stop,
-                        float* out) {
+// Panels that meet a token's number together, as far as there are registers.
+#if defined(__AVX512F__)
+constexpr int kNumberPanels = 2;
+#else
+constexpr int kNumberPanels = 1;
+#endif
+
+// Columns [start, stop) of P panels by R tokens, added to out: [P][kTokens][16].
+template <Codes kCodes, int R, int P>
+inline void number_tile(const uint8_t* panel, int64_t panel_bytes, const float* x, int64_t x_stride, int32_t start,
+                        int32_t stop, float* out) {
   constexpr int32_t kBytes = kPanel * (kCodes == Codes::f32 ? 4 : 2);
-  F32 acc[R];
+  F32 acc[P][R];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r] = load(out + kPanel * r);
+    for (int r = 0; r < R; ++r) acc[p][r] = load(out + kPanel * (kTokens * p + r));
+  }
   const uint8_t* at = panel + static_cast<int64_t>(kBytes) * start;
   for (int32_t k = start; k < stop; ++k, at += kBytes) {
-    const F32 w = load_numbers<kCodes>(at);
+    F32 w[P];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) w[p] = load_numbers<kCodes>(at + p * panel_bytes);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = fma(splat(x[r * x_stride + k]), w, acc[r]);
+    for (int r = 0; r < R; ++r) {
+      const F32 number = splat(x[r * x_stride + k]);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[p][r] = fma(number, w[p], acc[p][r]);
+    }
   }
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) store(out + kPanel * r, acc[r]);
+    for (int r = 0; r < R; ++r) store(out + kPanel * (kTokens * p + r), acc[p][r]);
+  }
 }
 
 // ---------------------------------------------------------------- the product
@@ -466,12 +485,13 @@ struct CodeTile {
   }
 };
 
-template <Codes kCodes>
+template <Codes kCodes, int P>
 struct NumberTile {
   template <int R>
   static void run(const LinearArgs* args, const uint8_t* panel, int32_t first, int32_t start, int32_t stop,
                   float* out) {
-    number_tile<kCodes, R>(panel, args->x + first * args->x_stride, args->x_stride, start, stop, out);
+    number_tile<kCodes, R, P>(panel, args->weight->panel_bytes, args->x + first * args->x_stride, args->x_stride, start,
+                              stop, out);
   }
 };
 
@@ -493,24 +513,33 @@ void linear_codes(const LinearArgs& args, int32_t begin, int32_t end) {
   }
 }
 
+// P panels from `panel` on by the tokens [first, first + count), at most kTokens.
+template <Codes kCodes, int P>
+inline void number_panels(const LinearArgs& args, int32_t panel, int32_t first, int32_t count) {
+  alignas(64) float tiles[P * kTokens * kPanel];
+  const int32_t columns = args.weight->columns;
+  const uint8_t* data = args.weight->data + panel * args.weight->panel_bytes;
+  for (int p = 0; p < P; ++p) {
+    std::memset(tiles + kPanel * kTokens * p, 0, sizeof(float) * static_cast<size_t>(kPanel * count));
+  }
+  for (int32_t start = 0; start < columns; start += kColumns) {
+    const int32_t stop = start + kColumns < columns ? start + kColumns : columns;
+    for (int32_t i = 0; i < count; i += kTile) {
+      run_tile<NumberTile<kCodes, P>, kTile>(count - i, &args, data, first + i, start, stop, tiles + kPanel * i);
+    }
+  }
+  for (int p = 0; p < P; ++p) put(args, panel + p, first, count, tiles + kPanel * kTokens * p);
+}
+
 template <Codes kCodes>
 void linear_numbers(const LinearArgs& args, int32_t begin, int32_t end) {
-  alignas(64) float tiles[kPanel * kTokens];
-  const int32_t columns = args.weight->columns;
-  for (int32_t block = 0; block < args.tokens; block += kTokens) {
-    const int32_t count = args.tokens - block < kTokens ? args.tokens - block : kTokens;
-    for (int32_t panel = begin; panel < end; ++panel) {
-      const uint8_t* data = args.weight->data + panel * args.weight->panel_bytes;
-      std::memset(tiles, 0, sizeof(float) * static_cast<size_t>(kPanel * count));
-      for (int32_t start = 0; start < columns; start += kColumns) {
-        const int32_t stop = start + kColumns < columns ? start + kColumns : columns;
-        for (int32_t first = 0; first < count; first += kTile) {
-          run_tile<NumberTile<kCodes>, kTile>(count - first, &args, data, block + first, start, stop,
-                                                   tiles + kPanel * first);
-        }
-      }
-      put(args, panel, block, count, tiles);
+  for (int32_t first = 0; first < args.tokens; first += kTokens) {
+    const int32_t count = args.tokens - first < kTokens ? args.tokens - first : kTokens;
+    int32_t panel = begin;
+    for (; panel + kNumberPanels <= end; panel += kNumberPanels) {
+      number_panels<kCodes, kNumberPanels>(args, panel, first, count);
     }
+    if (panel < end) number_panels<kCodes, 1>(args, panel, first, count);
   }
 }
 

@@ -53,8 +53,11 @@ def check_config(config: EngineConfig) -> None:
     parse_adapters(config.adapters)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> ResolvedConfig:
-    """Decides what the user left open. Raises ConfigError, InvalidParameter, OutOfMemory or BackendUnavailable."""
+def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware, packed: bool = False) -> ResolvedConfig:
+    """Decides what the user left open. `packed`: the checkpoint holds quantised weights.
+
+    Raises ConfigError, InvalidParameter, OutOfMemory or BackendUnavailable.
+    """
     check_config(config)
     reasons: dict[str, str] = {}
 
@@ -69,7 +72,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware) -> Resolv
     plain = "float32" if config.dtype == "auto" else config.dtype
     dtype = choose_named("dtype", plain, _DTYPE_REASON[backend])
     quant = choose_named("quant", *_quant(config, backend))
-    kv_dtype = choose_named("kv_dtype", *_kv_dtype(config, backend, dtype))
+    codes = quant in ("int8", "int4") or (quant == "stored" and packed)
+    kv_dtype = choose_named("kv_dtype", *_kv_dtype(config, backend, dtype, codes))
     threads = config.threads or hardware.cores
     choose("threads", config.threads, threads, "one per CPU that this process may use, and is given the time of")
 
@@ -155,13 +159,15 @@ def _quant(config: EngineConfig, backend: str) -> tuple[str, str]:
     return "stored", "the fewest bytes, without a rounding of weights"
 
 
-def _kv_dtype(config: EngineConfig, backend: str, dtype: str) -> tuple[str, str]:
-    """(kv_dtype, why)"""
+def _kv_dtype(config: EngineConfig, backend: str, dtype: str, codes: bool) -> tuple[str, str]:
+    """(kv_dtype, why). `codes`: weights are codes, and so activations int8."""
     allowed = ("float32", "bfloat16", "int8") if backend == "native" else (dtype,)
     if config.kv_dtype != "auto":
         if config.kv_dtype not in allowed:
             raise InvalidParameter("kv_dtype", config.kv_dtype, f"auto, {', '.join(allowed)} on the {backend} backend")
         return config.kv_dtype, ""
+    if codes:
+        return "bfloat16", "half the bytes; int8 activations round far more"
     return (dtype, "as dtype") if dtype in allowed else ("float32", f"no {dtype} on the {backend} backend")
 
 

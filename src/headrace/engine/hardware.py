@@ -106,7 +106,11 @@ def probe_hardware(root: Path = ROOT) -> Hardware:
     return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes(root), backends=installed_backends())
 
 
-def peak_rss_bytes() -> int:
+def peak_rss_bytes(root: Path = ROOT) -> int:
     """Most memory this process has had resident at one time."""
+    # getrusage also counts what the process that started this one had.
+    for line in (read_text(root / "proc/self/status") or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * (as_int(line.split()[1]) or 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

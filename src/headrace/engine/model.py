@@ -71,7 +71,7 @@ class OpenModel:
         description = describe(checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector)
         self.spec = description.spec
         self._weight_map = description.weight_map
-        self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware())
+        self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware(), checkpoint.is_packed)
         self.adapters: Mapping[str, Adapter] = {
             name: read_adapter(name, Path(folder), self.spec, description.adapter_map)
             for name, folder in parse_adapters(config.adapters).items()
@@ -173,6 +173,10 @@ class OpenModel:
         """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
         began = time.monotonic()
         config = self.config
+        arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
+        identity = f"{self.checkpoint.fingerprint()}/{arithmetic}"
+        # It has touched every tensor; what that took is not to lie beside the weights.
+        self.checkpoint.drop_pages()
         options = BackendOptions(
             dtype=config.dtype,
             quant=config.quant,
@@ -185,8 +189,6 @@ class OpenModel:
             max_model_len=config.max_model_len,
         )
         backend, capacity = self.load_backend(config.backend, options, on_progress)
-        arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
-        identity = f"{self.checkpoint.fingerprint()}/{arithmetic}"
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
         scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)

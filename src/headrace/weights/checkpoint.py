@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import importlib.util
 import re
 from abc import ABC, abstractmethod
@@ -99,6 +100,11 @@ class Checkpoint(ABC):
     def origin(self) -> str:
         """What to call this checkpoint: `org/name@commit` if it lies in the Hub's cache, else its path."""
         return origin(self.path) or str(self.path)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weights take less than two bytes each, all in all."""
+        return self.nbytes < 2 * sum(math.prod(shape) for shape in self.shapes().values())
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:

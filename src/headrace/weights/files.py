@@ -36,9 +36,12 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def drop_pages(data: NDArray[np.uint8]) -> None:
-    """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again."""
-    if isinstance(data.base, mmap.mmap):
-        data.base.madvise(mmap.MADV_DONTNEED)
+    """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again.
+
+    `data` is what numpy.frombuffer makes of the map, whole.
+    """
+    if isinstance(data.base, memoryview) and isinstance(data.base.obj, mmap.mmap):
+        data.base.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
