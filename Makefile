@@ -24,7 +24,7 @@ endef
 
 # Two pips in one environment would be in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test check clean clients robustness bench gpu-check docs FORCE
+.PHONY: help demo test check clean clients robustness sanitize bench gpu-check docs FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,12 +42,16 @@ check: $(VENV)/dev.stamp ## format, lint and types
 
 clean: ## remove the environment, the caches and the reports
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	rm -f headrace-compare.html headrace-compare.json headrace-bench.json headrace-bench.svg
+	rm -f headrace-compare.html headrace-compare.json headrace-bench.json headrace-bench.svg src/headrace/backends/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: is each noticed? then a batch killed again and again
+robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: each noticed? a batch killed again and again; one answer however it is computed
 	@$(BIN)/python -m tests.robustness.mutants
 	@$(BIN)/python -m tests.robustness.batch_kill --kills 20 --torn 5
+	@$(BIN)/python -m tests.robustness.invariance
+
+sanitize: $(VENV)/dev.stamp ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/python -m tests.robustness.sanitize
 
 bench: $(VENV)/dev.stamp ## headrace and other engines, side by side (installs them; BENCH="--engines ... --work ...")
 	@$(BIN)/python -m benchmarks.peers --setup --json headrace-bench.json --svg headrace-bench.svg $(BENCH)

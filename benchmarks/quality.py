@@ -253,18 +253,18 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         perplexity = f"{one['perplexity']:.3f} ({one['fp32_perplexity']:.3f})"
         cells = [one["engine"], one["weights"], one["kv"], mean_text(own), number_text(own["median_kl"])]
         cells += [number_text(own["p99_kl"]), f"{own['top1_agreement']:.2%}".replace("%", " %"), perplexity]
-        lines.append([*cells, mean_text(model)])
+        lines.append([*cells, number_text(model["mean_kl"])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_text(summary: dict[str, Any]) -> str:
     error = summary["standard_error"]
-    return number_text(summary["mean_kl"]) + ("" if error is None else f" ± {number_text(error)}")
+    return number_text(summary["mean_kl"]) + ("" if error is None else f" ± {number_text(error, 2)}")
 
 
-def number_text(value: float) -> str:
-    """Two significant digits at least, as a plain number."""
-    return np.format_float_positional(value, precision=3, fractional=False, unique=False, trim="-", min_digits=2)
+def number_text(value: float, digits: int = 3) -> str:
+    """`digits` significant digits, as a plain number."""
+    return np.format_float_positional(value, precision=digits, fractional=False, unique=False, trim="-")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,23 +9,24 @@ from typing import Any
 import pytest
 
 from headrace import LLM
-from tests.robustness.invariance import SMALL_POOL_MIB, Run, bits, work
+from tests.robustness.invariance import Run, bits, work
 
-RUNS = (Run(13, 33, True, SMALL_POOL_MIB), Run(3, None, True), Run(32, 48, False))
+RUNS = (Run(13, 33, True, preempted=True), Run(3, None, True), Run(32, 48, False))
 
 
 @pytest.mark.demo
 @pytest.mark.parametrize("settings", [{}, {"kv_dtype": "int8"}], ids=str)
 def test_answers_do_not_show_how_they_were_computed(settings: dict[str, Any], demo_path: Path) -> None:
-    prompts, sampling = work(16, 8)
-    with LLM("demo", backend="native", threads=2, **settings, **Run(1, None, False).settings()) as llm:
+    prompts, sampling = work(16, 20)
+    with LLM("demo", backend="native", threads=2, **settings, **Run(1, None, False).settings("float32")) as llm:
+        kv_dtype = llm.config.kv_dtype
         wanted = bits([llm.generate(prompt, one)[0] for prompt, one in zip(prompts, sampling, strict=True)])
     assert len(set(wanted)) == len(prompts)
     preemptions = hits = 0
     for run in RUNS:
-        with LLM("demo", backend="native", threads=2, **settings, **run.settings()) as llm:
+        with LLM("demo", backend="native", threads=2, **settings, **run.settings(kv_dtype)) as llm:
             answers = llm.generate(prompts, sampling)
             assert bits(answers) == wanted, str(run)
             preemptions += llm.stats.preemptions
             hits += sum(one.cached_tokens > 0 for one in answers)
-    assert hits > 0 and (preemptions > 0 or settings), "int8 keys and values all have room"
+    assert hits > 0 and preemptions > 0

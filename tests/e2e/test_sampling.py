@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def test_alone_in_company_and_after_a_preemption(model: Path, backend: str) -> N
         assert contents(llm.generate(prompts, asked)) == contents(alone)
         assert llm.stats.preemptions >= 5
     assert len({one.token_ids for one in alone}) > 25, "the requests differ"
+
+
+def test_two_engines_at_once(model: Path) -> None:
+    """Each in a thread of the caller's, with two threads of its own."""
+    draw = random.Random(12)
+    prompts = [random_prompt(draw, 60) for _ in range(8)]
+    asked = [replace(random_sampling(draw, seed), max_tokens=30, min_tokens=0) for seed in range(8)]
+    settings = {"backend": "native", "dtype": "float32", "threads": 2}
+    with LLM(str(model), **settings) as one, LLM(str(model), **settings) as other:
+        wanted = contents(one.generate(prompts, asked))
+        assert contents(other.generate(prompts, asked)) == wanted
+        with ThreadPoolExecutor(2) as workers:
+            for _ in range(3):
+                found = list(workers.map(lambda llm: contents(llm.generate(prompts, asked)), (one, other)))
+                assert found == [wanted, wanted]
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -135,3 +135,23 @@ def test_longrope_has_one_set_of_factors(checkpoint: Checkpoint, open_driver: Op
     assert difference(all_logits(long, beyond, 13), wanted) < TOLERANCE
     assert difference(all_logits(long, inside), wanted[:100]) < TOLERANCE
     assert difference(all_logits(short, inside), wanted[:100]) > 0.01
+
+
+def test_nan_is_not_hidden_by_soft_caps(checkpoint: Checkpoint, open_driver: Open) -> None:
+    """Gemma 2 caps its scores and its logits: a cap of NaN would be a number."""
+
+    def poisoned(tensors: Iterator[tuple[str, QTensor]]) -> Iterator[tuple[str, QTensor]]:
+        for name, tensor in tensors:
+            if name == "embed.weight":
+                values = tensor.dequantise().copy()
+                values[60] = np.nan
+                tensor = QTensor.from_array(values)
+            yield name, tensor
+
+    driver = open_driver(checkpoint("gemma2"), read=READERS["gemma2"], change=poisoned)
+    good, last, first = driver.admit([3, 4, 5]), driver.admit([3, 4, 60]), driver.admit([60, 4, 5])
+    outs = driver.run(*(driver.span(row, 3) for row in (good, last, first)))
+    assert outs[good].error is None
+    for row in (last, first):
+        error = outs[row].error
+        assert error is not None and error.code == "nan_logits"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from headrace.weights.loader import stream
 from headrace.weights.lora import Adapter, LowRank
 from headrace.weights.qtensor import QTensor
 from tests.parity.common import Checkpoint, Logits, Open, all_logits, prompt_of
-from tests.parity.native_cases import ARITHMETIC, EXPERTS, WIDE, Tensors, random_tensor
+from tests.parity.native_cases import ARITHMETIC, EXPERTS, SIZES, WIDE, Tensors, random_tensor
 
 kernels = pytest.importorskip("headrace.backends.native._kernels")
 backend_module = pytest.importorskip("headrace.backends.native.backend")
@@ -73,6 +74,19 @@ def with_row(tensor: QTensor, row: int, value: float) -> QTensor:
     return QTensor(tensor.scheme, tensor.shape, planes)
 
 
+def random_adapter(name: str, model: Path, size: float = 0.3) -> Adapter:
+    source = open_checkpoint(model)
+    random = np.random.default_rng(list(name.encode()))
+    weights = {}
+    for rule in describe(source.config, source.format, source.shapes()).adapter_map.rules:
+        if rule.target.endswith(("attn.q.weight", "attn.o.weight", "mlp.down.weight")):
+            (rows, columns), rank = rule.shape, 3
+            a, b = (random.normal(0, size, shape).astype(np.float32) for shape in ((rank, columns), (rows, rank)))
+            low = LowRank(QTensor.from_array(a), QTensor.from_array(b), 2.0)
+            weights[rule.target.removesuffix(".weight")] = low
+    return Adapter(name, weights)
+
+
 class TestConformance(BackendConformance):
     vocab_size = VOCAB
     poison_id = POISON
@@ -83,16 +97,7 @@ class TestConformance(BackendConformance):
         return open_as(request.param, change=poisoned, max_tokens=64, max_rows=8)
 
     def adapter(self, name: str) -> Adapter:
-        source = open_checkpoint(self.model)
-        random = np.random.default_rng(list(name.encode()))
-        weights = {}
-        for rule in describe(source.config, source.format, source.shapes()).adapter_map.rules:
-            if rule.target.endswith(("attn.q.weight", "attn.o.weight", "mlp.down.weight")):
-                (rows, columns), rank = rule.shape, 3
-                a, b = (random.normal(0, 0.3, size).astype(np.float32) for size in ((rank, columns), (rows, rank)))
-                low = LowRank(QTensor.from_array(a), QTensor.from_array(b), 2.0)
-                weights[rule.target.removesuffix(".weight")] = low
-        return Adapter(name, weights)
+        return random_adapter(name, self.model)
 
 
 # ---------------------------------------------------------------- NaN
@@ -230,6 +235,25 @@ def test_stored_weights_give_nearly_the_plain_models_logits(name: str, open_as: 
     found = all_logits(open_as(name), tokens)
     assert 0 < divergence(found, wanted) < NEAR
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q8_0", "int4, int8"])
+def test_adapters_over_stored_weights(name: str, checkpoint: Checkpoint, open_as: Callable[..., Driver]) -> None:
+    """What an adapter adds is computed in float32, from activations that are not rounded."""
+    tokens = [token % POISON for token in prompt_of(60, 1)]
+    adapter = random_adapter("a", checkpoint("llama", **SIZES), 0.1)
+
+    def logits_of(driver: Driver, whose: str) -> Logits:
+        row = driver.admit(tokens, adapter=whose)
+        found = driver.run(driver.span(row, len(tokens), logits=True))[row].logits
+        assert found is not None
+        return found
+
+    drivers = open_as(name), open_as(name, quant="none", kv_dtype="float32")
+    for driver in drivers:
+        driver.backend.load_adapter(adapter)
+    stored, plain = ([logits_of(driver, whose) for whose in ("a", "")] for driver in drivers)
+    assert divergence(stored[0], plain[0]) < NEAR < divergence(*plain)
 
 
 def narrow(tensors: Tensors) -> Tensors:

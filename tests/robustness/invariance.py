@@ -14,7 +14,7 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from headrace import LLM, Completion, SamplingParams
 BATCHES = (1, 2, 3, 5, 8, 13, 32)
 CHUNKS = (None, 48, 33)
 """Tokens of a step; None: as many as any prompt has. At least one for each row of the batch."""
-SMALL_POOL_MIB = 7
-"""Of float32 keys and values of the demo model: 159 tokens, three or four prompts."""
-MODEL_LEN = 128
+SMALL_POOL_MIB: Mapping[str, int] = {"float32": 7, "bfloat16": 4, "int8": 2}
+"""Of the demo model's keys and values: 159 to 182 tokens, three or four prompts."""
+MODEL_LEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +35,21 @@ class Run:
     batch: int
     chunk: int | None
     cache: bool
-    pool_mib: int | None = None
+    preempted: bool = False
+    """The pool of blocks is too small for the batch."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, kv_dtype: str) -> dict[str, Any]:
         return {
             "max_model_len": MODEL_LEN,
             "max_num_seqs": self.batch,
             "max_num_batched_tokens": max(self.batch, self.chunk or 512),
             "prefix_cache": self.cache,
-            "kv_cache_mib": self.pool_mib or 256,
+            "kv_cache_mib": SMALL_POOL_MIB[kv_dtype] if self.preempted else 256,
         }
 
     def __str__(self) -> str:
         chunk = "whole" if self.chunk is None else f"{max(self.batch, self.chunk)} tokens"
-        pool = ", preempted" if self.pool_mib else ""
+        pool = ", preempted" if self.preempted else ""
         return f"batch {self.batch}, {chunk}, cache {'on' if self.cache else 'off'}{pool}"
 
 
@@ -58,7 +59,7 @@ def runs(batches: Sequence[int] = BATCHES) -> Iterator[Run]:
             for cache in (False, True):
                 yield Run(batch, chunk, cache)
         if batch > 3:
-            yield from (Run(batch, 33, cache, SMALL_POOL_MIB) for cache in (False, True))
+            yield from (Run(batch, 33, cache, preempted=True) for cache in (False, True))
 
 
 def work(count: int, num_tokens: int, vocab: int = 40_000) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -90,7 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     for name in ("backend", "dtype", "quant", "kv-dtype"):
         parser.add_argument(f"--{name}", default="auto")
@@ -99,16 +100,18 @@ def main() -> int:
     prompts, sampling = work(given.prompts, given.tokens)
     wanted: list[bytes] = []
     wrong = preemptions = hits = 0
+    kv_dtype = "float32"
     began = time.monotonic()
     all_runs = list(runs())
     for run in all_runs:
-        with LLM(given.model, **fixed, **run.settings()) as llm:
+        with LLM(given.model, **fixed, **run.settings(kv_dtype)) as llm:
             answers = llm.generate(prompts, sampling)
             found = bits(answers)
             preemptions += llm.stats.preemptions
             hits += sum(one.cached_tokens > 0 for one in answers)
             if not wanted:
                 config = llm.config
+                kv_dtype = config.kv_dtype
                 print(f"{config.backend}, {config.dtype}, weights {config.quant}, keys and values {config.kv_dtype}")
         wanted = wanted or found
         differing = sum(one != other for one, other in zip(found, wanted, strict=True))

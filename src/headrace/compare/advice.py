@@ -12,8 +12,8 @@ from headrace.core.resolve import precision_text
 
 ROUNDING: Mapping[str, str] = {
     "none": "",
-    "stored": " Activations are rounded to 8 bits where they meet packed weights: the KL tells what that does. What "
-    "the checkpoint's own packing has lost is in both.",
+    "stored": " Activations are rounded to 8 bits where they meet packed weights: that is in the KL. What the "
+    "checkpoint's own packing has lost is not, for it is in both.",
     "int8": " Activations are rounded to 8 bits too, where they meet such weights.",
     "int4": " Activations are rounded to 8 bits, where they meet such weights.",
 }

@@ -68,6 +68,8 @@ class Answer:
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._text: list[str] = []
+        self._told = 0
+        """Tokens that are in the text."""
         self._taken = 0
         self._first_s: float | None = None
         self._last_s: float | None = None
@@ -81,19 +83,30 @@ class Answer:
             self._first_s = event.time_s
             self._prompt_logprobs = event.prompt_logprobs
         self._last_s = event.time_s
+        if not self.request.sampling.stop:
+            # Text can wait until somebody asks for it: between two steps it would only keep the next one waiting.
+            self._token_ids += event.token_ids
+            self._logprobs += event.logprobs
+            return None
         for index, token_id in enumerate(event.token_ids):
             self._token_ids.append(token_id)
             self._logprobs.extend(event.logprobs[index : index + 1])
-            if self._detokenizer is None:
-                continue
-            text, self._stopped = self._stops.push(self._detokenizer.push([token_id]))
-            self._text.append(text)
+            self._make_text()
             if self._stopped:
                 return len(self._token_ids)
         return None
 
+    def _make_text(self) -> None:
+        """Of the tokens that are not in the text yet."""
+        if self._detokenizer is None or self._told == len(self._token_ids):
+            return
+        text, self._stopped = self._stops.push(self._detokenizer.push(self._token_ids[self._told :]))
+        self._told = len(self._token_ids)
+        self._text.append(text)
+
     def take_text(self) -> str:
         """New text since the last call, safe to show: no half characters, nothing a stop string may take back."""
+        self._make_text()
         new = "".join(self._text[self._taken :])
         self._taken = len(self._text)
         return new
@@ -101,6 +114,7 @@ class Answer:
     def end(self, event: FinishEvent | ErrorEvent) -> Completion:
         """The terminal event: nothing comes after it."""
         error = RequestFailure(event.code, event.message) if isinstance(event, ErrorEvent) else None
+        self._make_text()
         if not self._stopped and self._detokenizer is not None:
             text, self._stopped = self._stops.push(self._detokenizer.finish())
             self._text.append(text)

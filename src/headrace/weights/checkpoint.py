@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import importlib.util
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -119,7 +119,7 @@ class NativeBackend:
                         f"{whose}: {shorten(name)}: B {low.b.shape} × A {low.a.shape} is not {(rows, columns)}"
                     )
                 a, b = (np.array(one.dequantise(), np.float32) for one in (low.a, low.b))
-                if not abs(low.scale) * float(np.abs(b).max()) <= np.finfo(np.float32).max:  # NaN is too
+                if not abs(low.scale) * float(np.abs(b).max()) <= float(np.finfo(np.float32).max):  # NaN is too
                     raise UnsupportedModel(f"{whose}: scale × B is too large for float32")
                 made.append((compiled.linears[name], low.scale, a, b))
             number = len(loaded.adapters)
