@@ -119,7 +119,7 @@ void fill(Packer& packer, PackedWeight& packed, const ReadGroup& read) {
   const Weight& weight = packed.weight;
   const int32_t groups = weight.columns / kGroup;
   const int64_t each = group_header_bytes(weight.scales) + code_bytes(weight.codes);
-  parallel_for(packer.threads, panels_of(weight.rows), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(packer.threads, panels_of(weight.rows), 4, [&](int64_t begin, int64_t end, int32_t) {
     Group group{};
     for (int64_t panel = begin; panel < end; ++panel) {
       uint8_t* at = packed.bytes.data() + panel * weight.panel_bytes;
@@ -377,7 +377,7 @@ std::unique_ptr<PackedWeight> pack_numbers(Packer& packer, Codes from, Codes to,
                                            int32_t columns) {
   auto packed = make(packer, Weight{nullptr, 0, rows, columns, to, Scales::none, 1, 0}, from == to ? "" : "rounded");
   const int64_t in_bytes = number_bytes(from), out_bytes = number_bytes(to);
-  parallel_for(packer.threads, panels_of(rows), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(packer.threads, panels_of(rows), 1, [&](int64_t begin, int64_t end, int32_t) {
     for (int64_t panel = begin; panel < end; ++panel) {
       uint8_t* out = packed->bytes.data() + panel * packed->weight.panel_bytes;
       const int32_t lanes = std::min<int32_t>(kPanel, rows - static_cast<int32_t>(panel) * kPanel);

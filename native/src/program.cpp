@@ -24,7 +24,6 @@ Workspace::Workspace(const Kernels& kernels, int32_t threads, int32_t max_tokens
                      const std::vector<BufferSpec>& buffers, int64_t num_phases)
     : cycles(static_cast<size_t>(num_phases)),
       kernels_(kernels),
-      counters_(static_cast<size_t>(num_phases)),
       pool_(threads) {
   for (const BufferSpec& spec : buffers) {
     const int64_t rows = static_cast<int64_t>(spec.head ? head_rows : max_tokens) * spec.rows_a_token;
@@ -74,52 +73,61 @@ std::unique_ptr<Workspace> Program::workspace(int32_t threads, int32_t max_token
   return made;
 }
 
-void Program::run(const Step& step, Workspace& workspace, int32_t begin, int32_t end) const {
-  struct Place {
-    int32_t operation, phase;
-  };
-  Place place{begin, 0};
-  uint64_t mark = now();
-  for (int32_t i = begin; i < end; ++i) operations_[i]->prepare(step, workspace);
-  for (int32_t p = first_phases_[begin]; p < (end < size() ? first_phases_[end] : num_phases_); ++p) {
-    workspace.counters_[p].next.store(0, std::memory_order_relaxed);
+namespace {
+
+// A run of a program. A phase of one item is done by whoever comes to it, at once; one of none is passed over.
+class Run : public ThreadPool::Job {
+ public:
+  Run(const Step& step, Workspace& workspace, const std::vector<std::unique_ptr<Operation>>& operations,
+      const std::vector<int32_t>& first_phases, int32_t begin, int32_t end)
+      : step_(step),
+        workspace_(workspace),
+        operations_(operations),
+        first_phases_(first_phases),
+        operation_(begin),
+        end_(end),
+        mark_(now()) {
+    for (int32_t i = begin; i < end; ++i) operations_[static_cast<size_t>(i)]->prepare(step, workspace);
   }
-  const auto finished = [&] {
+
+  int64_t next(int32_t thread) override {
+    if (phase_ >= 0) finished();
+    for (phase_ = phase_ < 0 ? 0 : phase_; operation_ < end_; finished()) {
+      const Operation& operation = *operations_[static_cast<size_t>(operation_)];
+      const int64_t items = operation.items(step_, workspace_, phase_);
+      if (items > 1) return items;
+      if (items == 1) operation.run(step_, workspace_, phase_, 0, thread);
+    }
+    return 0;
+  }
+
+  void item(int64_t item, int32_t thread) override {
+    operations_[static_cast<size_t>(operation_)]->run(step_, workspace_, phase_, item, thread);
+  }
+
+ private:
+  void finished() {
     const uint64_t time = now();
-    workspace.cycles[first_phases_[place.operation] + place.phase] += time - mark;
-    mark = time;
-    if (++place.phase >= operations_[place.operation]->phases(step)) place = {place.operation + 1, 0};
-  };
-  // Phases of one item, and of none, need no other thread.
-  const auto alone = [&] {
-    while (place.operation < end) {
-      const Operation& operation = *operations_[place.operation];
-      const int64_t items = operation.items(step, workspace, place.phase);
-      if (items > 1) return;
-      if (items == 1) operation.run(step, workspace, place.phase, 0, 0);
-      finished();
-    }
-  };
-  alone();
-  if (place.operation >= end) return;
-  ThreadPool& pool = workspace.pool_;
-  pool.run([&](int32_t thread) {
-    while (place.operation < end) {
-      const Place here = place;
-      const Operation& operation = *operations_[here.operation];
-      const int64_t items = operation.items(step, workspace, here.phase);
-      std::atomic<int64_t>& next = workspace.counters_[first_phases_[here.operation] + here.phase].next;
-      for (;;) {
-        const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-        if (item >= items) break;
-        operation.run(step, workspace, here.phase, item, thread);
-      }
-      pool.barrier([&] {
-        finished();
-        alone();
-      });
-    }
-  });
+    workspace_.cycles[static_cast<size_t>(first_phases_[static_cast<size_t>(operation_)] + phase_)] += time - mark_;
+    mark_ = time;
+    if (++phase_ < operations_[static_cast<size_t>(operation_)]->phases(step_)) return;
+    ++operation_;
+    phase_ = 0;
+  }
+
+  const Step& step_;
+  Workspace& workspace_;
+  const std::vector<std::unique_ptr<Operation>>& operations_;
+  const std::vector<int32_t>& first_phases_;
+  int32_t operation_, phase_ = -1, end_;
+  uint64_t mark_;
+};
+
+}  // namespace
+
+void Program::run(const Step& step, Workspace& workspace, int32_t begin, int32_t end) const {
+  Run run(step, workspace, operations_, first_phases_, begin, end);
+  workspace.pool_.run(run);
 }
 
 }  // namespace headrace

@@ -3,12 +3,10 @@
 //   program    made once from a ModelSpec (backends/native/program.py); holds weights and settings, is not written to
 //              while it runs
 //   workspace  the activations, threads and clocks of one caller: two callers with one each can run at the same time
-//   run        all threads walk down the list together. An operation has phases, a phase has items, which go to
-//              whoever is free; what an item computes does not depend on who computes it. Between two phases is a
-//              barrier, and a phase of one item is done by whoever comes to the barrier last.
+//   run        an operation has phases, a phase has items, which go to whoever is free (pool.h); what an item computes
+//              does not depend on who computes it
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -80,12 +78,8 @@ class Workspace {
     uint8_t* quantised;
     std::vector<Bytes> memory;
   };
-  struct alignas(64) Counter {
-    std::atomic<int64_t> next{0};
-  };
   const Kernels& kernels_;
   std::vector<Buffer> buffers_;
-  std::vector<Counter> counters_;
   ThreadPool pool_;
 };
 

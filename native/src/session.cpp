@@ -247,34 +247,14 @@ void Session::head(const std::vector<Wanted>& wanted, std::vector<Answer>& answe
     const auto began = Clock::now();
     outcomes.assign(count, {});
     scores.assign(count, {});
-    std::atomic<size_t> next{0};
-    const auto work = [&](int32_t thread) {
-      for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
-        const Wanted& one = wanted[begin + i];
-        const Ask& ask = asks_[static_cast<size_t>(one.ask)];
-        const Row& row = rows_[static_cast<size_t>(ask.row)];
-        const float* logits = workspace_->row(logits_, static_cast<int64_t>(i));
-        SampleScratch& scratch = scratch_[static_cast<size_t>(thread)];
-        if (one.score) {
-          scores[i] = score_row(logits, row.tokens[static_cast<size_t>(one.position) + 1], row.sampling.prompt_logprobs,
-                                scratch);
-        }
-        if (!one.sample) continue;
-        const auto which = static_cast<size_t>(one.position - (ask.start + ask.length - 1));
-        const size_t positions = 1 + ask.drafts.size();
-        const size_t size = (ask.mask.size() + positions - 1) / positions;
-        const size_t first = std::min(which * size, ask.mask.size());
-        outcomes[i] = sample_row(
-            logits, row.sampling, row.tokens.data(), one.position + 1,
-            ask.has_mask ? reinterpret_cast<const uint8_t*>(ask.mask.data()) + first : nullptr,
-            static_cast<int64_t>(std::min(size, ask.mask.size() - first)), scratch);
-      }
-    };
-    if (count == 1) {
-      work(0);
-    } else {
-      workspace_->pool().run(work);
-    }
+    parallel_for(workspace_->pool(), static_cast<int64_t>(count), 1, [&](int64_t row, int64_t, int32_t thread) {
+      const auto i = static_cast<size_t>(row);
+      const float* logits = workspace_->row(logits_, row);
+      SampleScratch& scratch = scratch_[static_cast<size_t>(thread)];
+      const Wanted& one = wanted[begin + i];
+      if (one.score) scores[i] = score(one, logits, scratch);
+      if (one.sample) outcomes[i] = sample(one, logits, scratch);
+    });
     for (size_t i = 0; i < count; ++i) {
       const Wanted& one = wanted[begin + i];
       Answer& answer = answers[static_cast<size_t>(one.ask)];
@@ -291,6 +271,25 @@ void Session::head(const std::vector<Wanted>& wanted, std::vector<Answer>& answe
     }
     sample_s += seconds_since(began);
   }
+}
+
+SampleOutcome Session::score(const Wanted& one, const float* logits, SampleScratch& scratch) const {
+  const Row& row = rows_[static_cast<size_t>(asks_[static_cast<size_t>(one.ask)].row)];
+  const int32_t token = row.tokens[static_cast<size_t>(one.position) + 1];
+  return score_row(logits, token, row.sampling.prompt_logprobs, scratch);
+}
+
+SampleOutcome Session::sample(const Wanted& one, const float* logits, SampleScratch& scratch) const {
+  const Ask& ask = asks_[static_cast<size_t>(one.ask)];
+  const Row& row = rows_[static_cast<size_t>(ask.row)];
+  // The mask holds one vocabulary's bits for each sampled position.
+  const auto which = static_cast<size_t>(one.position - (ask.start + ask.length - 1));
+  const size_t positions = 1 + ask.drafts.size();
+  const size_t size = (ask.mask.size() + positions - 1) / positions;
+  const size_t first = std::min(which * size, ask.mask.size());
+  const auto* mask = ask.has_mask ? reinterpret_cast<const uint8_t*>(ask.mask.data()) + first : nullptr;
+  return sample_row(logits, row.sampling, row.tokens.data(), one.position + 1, mask,
+                    static_cast<int64_t>(std::min(size, ask.mask.size() - first)), scratch);
 }
 
 // Drafts are kept while each is the token that was sampled before it. A draft is a guess: what goes wrong behind one

@@ -106,6 +106,8 @@ class Session {
   std::vector<Wanted> wanted() const;
   void head(const std::vector<Wanted>& wanted, std::vector<Answer>& answers,
             std::vector<std::vector<SampleOutcome>>& sampled);
+  SampleOutcome score(const Wanted& one, const float* logits, SampleScratch& scratch) const;
+  SampleOutcome sample(const Wanted& one, const float* logits, SampleScratch& scratch) const;
   void accept(const Ask& ask, const std::vector<SampleOutcome>& sampled, Answer& answer);
 
   std::shared_ptr<const Program> program_;
