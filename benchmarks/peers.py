@@ -107,7 +107,8 @@ def document(arguments: argparse.Namespace, results: Sequence[WorkResult], measu
 
 
 def run(arguments: argparse.Namespace) -> int:
-    specs = list({spec.name: spec for spec in map(parse_spec, arguments.engines)}.values())
+    parsed = (parse_spec(text).kept_to(arguments.isa) for text in arguments.engines)
+    specs = list({spec.name: spec for spec in parsed}.values())
     files = {kind: ReportFile(kind, path) for kind in ("json", "svg") if (path := getattr(arguments, kind))}
     cache = peer_cache(arguments.isa)
     if arguments.setup:

@@ -62,6 +62,7 @@ class Workspace {
   // `rows` rows from `first` on, in tiles of their own.
   QuantRows quantised(int32_t buffer, int64_t first, int64_t rows);
   ThreadPool& pool() { return pool_; }
+  int32_t threads() const { return pool_.threads(); }
   const Kernels& kernels() const { return kernels_; }
   int64_t bytes() const;
 

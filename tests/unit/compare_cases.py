@@ -76,7 +76,7 @@ def comparison(
         model_name="planted.gguf",
         fingerprint="ab" * 32,
         config=ResolvedConfig(
-            "torch", "bfloat16", "none", "bfloat16", 2, "fused", 16, 64, 512, 32, 512, False, REASONS
+            "torch", "bfloat16", "none", "bfloat16", "auto", 2, "fused", 16, 64, 512, 32, 512, False, REASONS
         ),
         machine=Machine("a CPU", 2, 2**33, "Linux x86_64", "3.11", {"numpy": "2"}),
         measured_at="2026-01-01T00:00:00+00:00",

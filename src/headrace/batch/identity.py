@@ -79,6 +79,7 @@ def identify(opened: OpenModel) -> Identity:
         "dtype": config.dtype,
         "quant": config.quant,
         "kv_dtype": config.kv_dtype,
+        "instruction_set": config.instruction_set,
         "threads": config.threads,
         "max_model_len": config.max_model_len,
         "adapters": {adapter.name: adapter.fingerprint for adapter in opened.adapters.values()},

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ class PeerSpec:
     @property
     def ours(self) -> bool:
         return self.engine == OURS
+
+    def kept_to(self, isa: str) -> PeerSpec:
+        """The same row with kernels of ours that use no newer instructions than `isa` has."""
+        if isa == "native" or self.precision != "native" or "instruction_set" in self.settings:
+            return self
+        return replace(self, settings={**self.settings, "instruction_set": isa})
 
     def keeps_to(self, isa: str) -> bool:
         """Whether it uses no newer instructions than `isa` has."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 BACKENDS = ("auto", "torch", "native")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+INSTRUCTION_SETS = ("auto", "avx512", "avx2", "portable")
 QUANTS = ("auto", "none", "stored", "int8", "int4")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
@@ -27,6 +28,8 @@ class EngineConfig:
     weights are rounded at load). All but none: native backend, with int8 activations."""
     kv_dtype: str = "auto"
     """Type of the KV cache: auto, float32, bfloat16, float16 (torch) or int8 (native)."""
+    instruction_set: str = "auto"
+    """Kernels of the native backend: auto (the fastest that this machine runs), avx512, avx2 or portable."""
     threads: int | None = None
     """CPU threads."""
     policy: str = "fused"
@@ -73,6 +76,8 @@ class ResolvedConfig:
     """How weights are kept."""
     kv_dtype: str
     """Type of the KV cache."""
+    instruction_set: str
+    """Kernels of the native backend; auto: the fastest that this machine runs."""
     threads: int
     """CPU threads."""
     policy: str

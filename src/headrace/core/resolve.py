@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.core.adapters import parse_adapters
-from headrace.core.config import BACKENDS, DTYPES, KV_DTYPES, QUANTS, EngineConfig, Hardware, ResolvedConfig
+from headrace.core.config import (
+    BACKENDS,
+    DTYPES,
+    INSTRUCTION_SETS,
+    KV_DTYPES,
+    QUANTS,
+    EngineConfig,
+    Hardware,
+    ResolvedConfig,
+)
 from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
 from headrace.core.sizing import blocks_for, kv_bytes_per_token
 from headrace.core.spec import ModelSpec
@@ -31,7 +40,13 @@ WEIGHTS: Mapping[str, str] = {
 
 def check_config(config: EngineConfig) -> None:
     """Refuses values that are wrong whatever the model. Raises InvalidParameter."""
-    choices = {"backend": BACKENDS, "dtype": DTYPES, "quant": QUANTS, "kv_dtype": KV_DTYPES}
+    choices = {
+        "backend": BACKENDS,
+        "dtype": DTYPES,
+        "quant": QUANTS,
+        "kv_dtype": KV_DTYPES,
+        "instruction_set": INSTRUCTION_SETS,
+    }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise InvalidParameter(name, getattr(config, name), ", ".join(allowed))
@@ -111,6 +126,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware, packed: b
         dtype=dtype,
         quant=quant,
         kv_dtype=kv_dtype,
+        instruction_set=config.instruction_set,
         threads=threads,
         policy=config.policy,
         block_size=config.block_size,

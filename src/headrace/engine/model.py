@@ -200,7 +200,7 @@ class OpenModel:
         """A backend of its own with this model's weights and adapters. Raises ModelError or EngineError."""
         # Names and shapes are compared here, before a backend is imported.
         tensors = _counted(self.checkpoint, stream(self.checkpoint, self._weight_map), on_progress)
-        backend = create_backend(name)
+        backend = create_backend(name, self.config.instruction_set)
         try:
             capacity = backend.load(self.spec, tensors, options, Mesh())
             for adapter in self.adapters.values():
@@ -228,8 +228,11 @@ def _counted(
     checkpoint.drop_pages()
 
 
-def create_backend(name: str) -> Backend:
-    """An unloaded backend. Raises BackendUnavailable if what it needs is not installed."""
+def create_backend(name: str, instruction_set: str = "auto") -> Backend:
+    """An unloaded backend.
+
+    Raises BackendUnavailable if what it needs is not installed, ConfigError for kernels that this machine does not run.
+    """
     if name == "native":
         if find_spec(NEEDS[name]) is None:
             raise BackendUnavailable(f"backend native: its kernels were not built: {INSTALL[name]}")
@@ -241,7 +244,7 @@ def create_backend(name: str) -> Backend:
             raise BackendUnavailable(
                 f"backend native: its kernels cannot be loaded ({error.msg}): {INSTALL[name]}"
             ) from error
-        return NativeBackend()
+        return NativeBackend(None if instruction_set == "auto" else instruction_set)
     try:
         from headrace.backends.torch.backend import TorchBackend
     except ModuleNotFoundError as error:
