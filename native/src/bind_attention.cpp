@@ -49,7 +49,10 @@ struct KvArrays {
       : keys(key_bytes), values(value_bytes), key_scales(key_floats), value_scales(value_floats) {
     require(kv_heads > 0 && head_dim > 0 && block_size > 0 && num_blocks > 0, "KV sizes must be positive");
     layer = {keys.data(), values.data(), key_scales.data(), value_scales.data(), kv_type(type), kv_heads, head_dim,
-             block_size, num_blocks};
+             block_size, num_blocks, 0, 0, 0};
+    layer.key_step = block_keys(layer);
+    layer.value_step = block_values(layer);
+    layer.scale_step = block_scales(layer);
     const int64_t bytes = element_bytes(layer.type);
     require(static_cast<int64_t>(keys.size()) == block_keys(layer) * bytes * num_blocks, "keys: wrong size");
     require(static_cast<int64_t>(values.size()) == block_values(layer) * bytes * num_blocks, "values: wrong size");

@@ -103,6 +103,10 @@ struct KvLayer {
   int32_t head_dim;
   int32_t block_size;
   int32_t num_blocks;
+  // From a block to the next, in numbers: all layers' parts of a block may lie together.
+  int64_t key_step;
+  int64_t value_step;
+  int64_t scale_step;
 };
 
 // One request's tokens in this step.

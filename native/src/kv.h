@@ -33,13 +33,13 @@ static inline int64_t block_scales(const KvLayer& kv) {
 
 // Of a head's first key (dimension 0), value and scale in a block; in elements.
 static inline int64_t key_place(const KvLayer& kv, int64_t block, int32_t head) {
-  return (block * kv.kv_heads + head) * kv.head_dim * padded_block(kv);
+  return block * kv.key_step + static_cast<int64_t>(head) * kv.head_dim * padded_block(kv);
 }
 static inline int64_t value_place(const KvLayer& kv, int64_t block, int32_t head) {
-  return (block * kv.kv_heads + head) * padded_block(kv) * padded_dim(kv);
+  return block * kv.value_step + static_cast<int64_t>(head) * padded_block(kv) * padded_dim(kv);
 }
 static inline int64_t scale_place(const KvLayer& kv, int64_t block, int32_t head) {
-  return (block * kv.kv_heads + head) * padded_block(kv);
+  return block * kv.scale_step + static_cast<int64_t>(head) * padded_block(kv);
 }
 
 // ---------------------------------------------------------------- pieces of attention

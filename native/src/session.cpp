@@ -27,41 +27,46 @@ std::string text(int64_t number) { return std::to_string(number); }
 // ---------------------------------------------------------------- keys and values
 
 void KvStore::add_layer(int32_t kv_heads, int32_t head_dim) {
-  auto layer = std::make_unique<Layer>(Layer{{nullptr, nullptr, nullptr, nullptr, type_, kv_heads, head_dim, block_size_,
-                                              num_blocks_},
-                                             {}});
-  KvLayer& kv = layer->kv;
-  const auto memory = [&](int64_t size) {
-    layer->memory.emplace_back(size);
-    return layer->memory.back().data();
+  layers_.push_back(std::make_unique<KvLayer>(
+      KvLayer{nullptr, nullptr, nullptr, nullptr, type_, kv_heads, head_dim, block_size_, num_blocks_, 0, 0, 0}));
+}
+
+void KvStore::allocate() {
+  if (memory_ != nullptr) return;
+  struct Part {
+    int64_t keys, values, key_scales, value_scales;
   };
-  kv.keys = memory(num_blocks_ * block_keys(kv) * element_bytes(type_));
-  kv.values = memory(num_blocks_ * block_values(kv) * element_bytes(type_));
-  if (const int64_t scales = num_blocks_ * block_scales(kv); scales > 0) {
-    kv.key_scales = reinterpret_cast<float*>(memory(4 * scales));
-    kv.value_scales = reinterpret_cast<float*>(memory(4 * scales));
+  std::vector<Part> parts;
+  const int64_t each = element_bytes(type_);
+  block_bytes_ = 0;
+  const auto take = [this](int64_t size) {
+    constexpr int64_t kLine = 64;
+    const int64_t at = block_bytes_;
+    block_bytes_ += (size + kLine - 1) / kLine * kLine;
+    return at;
+  };
+  for (const auto& layer : layers_) {
+    const int64_t scales = 4 * block_scales(*layer);
+    parts.push_back({take(each * block_keys(*layer)), take(each * block_values(*layer)), take(scales), take(scales)});
   }
-  layers_.push_back(std::move(layer));
+  memory_ = std::make_unique<Bytes>(bytes(), true);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    KvLayer& layer = *layers_[i];
+    layer.keys = memory_->data() + parts[i].keys;
+    layer.values = memory_->data() + parts[i].values;
+    layer.key_scales = reinterpret_cast<float*>(memory_->data() + parts[i].key_scales);
+    layer.value_scales = reinterpret_cast<float*>(memory_->data() + parts[i].value_scales);
+    layer.key_step = layer.value_step = block_bytes_ / each;
+    layer.scale_step = block_bytes_ / 4;
+  }
 }
 
 void KvStore::copy(int32_t source, int32_t target) {
   if (std::min(source, target) < 0 || std::max(source, target) >= num_blocks_) {
     refuse("block " + text(source) + " is copied to " + text(target) + ", there are " + text(num_blocks_));
   }
-  for (const auto& layer : layers_) {
-    for (Bytes& part : layer->memory) {
-      const int64_t size = part.size() / num_blocks_;
-      std::memcpy(part.data() + target * size, part.data() + source * size, static_cast<size_t>(size));
-    }
-  }
-}
-
-int64_t KvStore::bytes() const {
-  int64_t total = 0;
-  for (const auto& layer : layers_) {
-    for (const Bytes& part : layer->memory) total += part.size();
-  }
-  return total;
+  std::memcpy(memory_->data() + target * block_bytes_, memory_->data() + source * block_bytes_,
+              static_cast<size_t>(block_bytes_));
 }
 
 // ---------------------------------------------------------------- rows
@@ -76,6 +81,7 @@ Session::Session(std::shared_ptr<const Program> program, std::shared_ptr<KvStore
       head_rows_(std::max(kHeadRows, limits.max_rows)),
       workspace_(program_->workspace(threads, limits.max_tokens, head_rows_)),
       rows_(static_cast<size_t>(limits.max_rows)) {
+  kv_->allocate();
   for (int32_t i = 0; i < threads; ++i) scratch_.emplace_back(program_->kernels().sampling, limits.vocab);
 }
 

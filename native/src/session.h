@@ -18,22 +18,23 @@ class KvStore {
       : type_(type), block_size_(block_size), num_blocks_(num_blocks) {}
   KvStore(const KvStore&) = delete;
   KvStore& operator=(const KvStore&) = delete;
+  // Layers first, then their memory: a block's parts of all layers lie together, so that a request's memory is one
+  // run after another, on huge pages, and copying a block is one copy.
   void add_layer(int32_t kv_heads, int32_t head_dim);
+  void allocate();  // once; again does nothing
   void copy(int32_t source, int32_t target);
-  int64_t bytes() const;
+  int64_t bytes() const { return block_bytes_ * num_blocks_; }
   int32_t num_layers() const { return static_cast<int32_t>(layers_.size()); }
-  const KvLayer* layer(int32_t index) const { return &layers_.at(static_cast<size_t>(index))->kv; }
+  const KvLayer* layer(int32_t index) const { return layers_.at(static_cast<size_t>(index)).get(); }
   int32_t block_size() const { return block_size_; }
   int32_t num_blocks() const { return num_blocks_; }
 
  private:
-  struct Layer {
-    KvLayer kv;
-    std::vector<Bytes> memory;
-  };
   KvType type_;
   int32_t block_size_, num_blocks_;
-  std::vector<std::unique_ptr<Layer>> layers_;
+  std::vector<std::unique_ptr<KvLayer>> layers_;
+  int64_t block_bytes_ = 0;
+  std::unique_ptr<Bytes> memory_;
 };
 
 struct Limits {

@@ -22,7 +22,7 @@ from headrace.core.errors import (
     shorten,
 )
 from headrace.core.resolve import resolve
-from headrace.core.sizing import kv_bytes_per_token, stored_bytes
+from headrace.core.sizing import kv_bytes_per_block, kv_bytes_per_token, stored_bytes
 from headrace.core.spec import (
     AttentionSpec,
     EmbeddingSpec,
@@ -151,6 +151,9 @@ def test_bytes_of_stored_weights() -> None:
 def test_kv_bytes_of_the_demo_model() -> None:
     assert kv_bytes_per_token(make_spec(), "float32") == 11_520 * 4
     assert kv_bytes_per_token(make_spec(), "bfloat16") == 11_520 * 2
+    for dtype in ("float32", "bfloat16", "int8"):
+        assert kv_bytes_per_block(make_spec(), dtype, 16, 16) == 16 * kv_bytes_per_token(make_spec(), dtype)
+        assert kv_bytes_per_block(make_spec(), dtype, 5, 16) == kv_bytes_per_block(make_spec(), dtype, 16)
 
 
 def test_a_pool_as_large_as_needed_is_enough() -> None:

@@ -386,6 +386,25 @@ inline void convert(const Meeting& m, int64_t block, int32_t offset, int32_t cou
   for (int32_t i = 0; i < count * m.width; i += kLanes) store(m.values + at * m.width + i, Load::at(values + i));
 }
 
+// Asks for memory that is read soon.
+inline void fetch(const void* p, int64_t bytes) {
+  const char* at = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+// With few queries a chunk waits for memory, and blocks lie anywhere: the values of these 16 tokens, and the keys of those
+// a chunk further on, are asked for before the scores are computed.
+template <class Load>
+inline void fetch_ahead(const Meeting& m, const void* values, int32_t position) {
+  using Element = typename Load::Element;
+  const KvLayer& kv = *m.args->kv;
+  fetch(values, static_cast<int64_t>(sizeof(Element)) * kLanes * m.width);
+  const int32_t next = position + kChunk;
+  if (next > m.position) return;
+  const int64_t key = key_place(kv, m.blocks[next / kv.block_size], m.kv_head);
+  fetch(reinterpret_cast<const Element*>(kv.keys) + key, static_cast<int64_t>(sizeof(Element)) * m.dim * kLanes);
+}
+
 // Addresses, scales and, where asked for, conversion of what some query of the item sees.
 template <class Load>
 inline void open_chunk(const Meeting& m, Range range, bool converted, Chunk* c) {
@@ -408,6 +427,7 @@ inline void open_chunk(const Meeting& m, Range range, bool converted, Chunk* c) 
       c->keys[at / kLanes] = reinterpret_cast<const Element*>(kv.keys) + key_place(kv, block, m.kv_head) + offset;
       c->values[at / kLanes] = reinterpret_cast<const Element*>(kv.values) + value_place(kv, block, m.kv_head) +
                                static_cast<int64_t>(offset) * m.width;
+      if (m.rows <= kTileRows && kv.block_size == kLanes) fetch_ahead<Load>(m, c->values[at / kLanes], position);
     }
     if (kv.type == KvType::i8) {
       const int64_t place = scale_place(kv, block, m.kv_head) + offset;

@@ -16,12 +16,14 @@ from headrace.core.config import (
     ResolvedConfig,
 )
 from headrace.core.errors import BackendUnavailable, ConfigError, InvalidParameter, OutOfMemory
-from headrace.core.sizing import blocks_for, kv_bytes_per_token
+from headrace.core.sizing import blocks_for, kv_bytes_per_block
 from headrace.core.spec import ModelSpec
 
 CPU_MAX_NUM_SEQS = 32
 CPU_MAX_BATCHED_TOKENS = 512
 CPU_KV_SHARE = 0.25
+NATIVE_LANES = 16
+"""What the native backend pads blocks and heads to."""
 MIB = 2**20
 
 
@@ -98,7 +100,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware, packed: b
     choose("max_num_seqs", config.max_num_seqs, seqs, "the default on a CPU, at least a static batch's size")
     choose("max_num_batched_tokens", config.max_num_batched_tokens, batched, "the default on a CPU, ≥ max_num_seqs")
 
-    block_bytes = kv_bytes_per_token(spec, kv_dtype) * config.block_size
+    lanes = NATIVE_LANES if backend == "native" else 1
+    block_bytes = kv_bytes_per_block(spec, kv_dtype, config.block_size, lanes)
     wanted_len = config.max_model_len or spec.context
     wanted = seqs * blocks_for(wanted_len, config.block_size)
     if config.kv_cache_mib is not None:

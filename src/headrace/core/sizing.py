@@ -26,6 +26,19 @@ def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     return kv_values_per_token(spec) * DTYPE_BYTES[dtype] + SCALE_BYTES * scales
 
 
+def kv_bytes_per_block(spec: ModelSpec, dtype: str, block_size: int, lanes: int = 1) -> int:
+    """`lanes`: a backend pads the tokens of a block, and the dimensions of a value, to a multiple of it."""
+    tokens = _up(block_size, lanes)
+    scale = 2 * SCALE_BYTES if dtype == "int8" else 0
+    heads = ((layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers)
+    each = (count * (DTYPE_BYTES[dtype] * (dim + _up(dim, lanes)) + scale) for count, dim in heads)
+    return tokens * sum(each)
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
 def stored_bytes(numbers: Mapping[str, int]) -> int:
     """Bytes of weights that the native backend keeps as stored; scheme -> how many numbers there are."""
     return round(sum(count * NATIVE_BITS.get(scheme, 32) / 8 for scheme, count in numbers.items()))
