@@ -38,7 +38,7 @@ def write_adapter(folder: Path, model: OpenModel) -> Path:
 
 
 def test_the_one_adapter_that_is_given_answers(demo_path: Path, tmp_path: Path) -> None:
-    config = EngineConfig("demo", threads=1, max_num_seqs=1, max_model_len=256)
+    config = EngineConfig("demo", quant="none", threads=1, max_num_seqs=1, max_model_len=256)
     folder = write_adapter(tmp_path / "x", OpenModel(config))
     answers = []
     for adapters in ({}, {"x": str(folder)}):

@@ -386,25 +386,6 @@ inline void convert(const Meeting& m, int64_t block, int32_t offset, int32_t cou
   for (int32_t i = 0; i < count * m.width; i += kLanes) store(m.values + at * m.width + i, Load::at(values + i));
 }
 
-// Asks for memory that is read soon.
-inline void fetch(const void* p, int64_t bytes) {
-  const char* at = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
-// With few queries a chunk waits for memory, and blocks lie anywhere: the values of these 16 tokens, and the keys of those
-// a chunk further on, are asked for before the scores are computed.
-template <class Load>
-inline void fetch_ahead(const Meeting& m, const void* values, int32_t position) {
-  using Element = typename Load::Element;
-  const KvLayer& kv = *m.args->kv;
-  fetch(values, static_cast<int64_t>(sizeof(Element)) * kLanes * m.width);
-  const int32_t next = position + kChunk;
-  if (next > m.position) return;
-  const int64_t key = key_place(kv, m.blocks[next / kv.block_size], m.kv_head);
-  fetch(reinterpret_cast<const Element*>(kv.keys) + key, static_cast<int64_t>(sizeof(Element)) * m.dim * kLanes);
-}
-
 // Addresses, scales and, where asked for, conversion of what some query of the item sees.
 template <class Load>
 inline void open_chunk(const Meeting& m, Range range, bool converted, Chunk* c) {
@@ -427,7 +408,6 @@ inline void open_chunk(const Meeting& m, Range range, bool converted, Chunk* c) 
       c->keys[at / kLanes] = reinterpret_cast<const Element*>(kv.keys) + key_place(kv, block, m.kv_head) + offset;
       c->values[at / kLanes] = reinterpret_cast<const Element*>(kv.values) + value_place(kv, block, m.kv_head) +
                                static_cast<int64_t>(offset) * m.width;
-      if (m.rows <= kTileRows && kv.block_size == kLanes) fetch_ahead<Load>(m, c->values[at / kLanes], position);
     }
     if (kv.type == KvType::i8) {
       const int64_t place = scale_place(kv, block, m.kv_head) + offset;
@@ -573,6 +553,32 @@ inline void attend_part(Meeting m, const AttentionItem& item, const AttentionWor
   __atomic_store_n(&split.remaining, split.parts, __ATOMIC_RELEASE);
 }
 
+// Reads a run of memory once, in order, so that what follows finds it in the cache.
+inline F32 read_through(const void* run, int64_t bytes, F32 total) {
+  const char* at = static_cast<const char*>(run);
+  for (int64_t i = 0; i + 64 <= bytes; i += 64) total = add(total, load(reinterpret_cast<const float*>(at + i)));
+  return total;
+}
+
+// With few queries an item waits for memory: its blocks lie anywhere, and it goes through them head by head, keys and
+// then values, in pieces too short for the machine to see where that leads. Block by block it does (measured: 8.7 µs
+// instead of 12.1 for 128 tokens; asking for them with prefetch instructions: 11.2).
+inline void read_blocks(const Meeting& m, const AttentionItem& item) {
+  const KvLayer& kv = *m.args->kv;
+  const int64_t each = element_bytes(kv.type);
+  const int64_t keys = each * item.kv_heads * kv.head_dim * padded_block(kv);
+  const int64_t values = each * item.kv_heads * padded_dim(kv) * padded_block(kv);
+  const int32_t end = item.end_segment * kSegment < m.position + 1 ? item.end_segment * kSegment : m.position + 1;
+  F32 total = splat(0.0f);
+  for (int32_t b = item.first_segment * kSegment / kv.block_size; b * kv.block_size < end; ++b) {
+    total = read_through(kv.keys + each * key_place(kv, m.blocks[b], item.kv_head), keys, total);
+    total = read_through(kv.values + each * value_place(kv, m.blocks[b], item.kv_head), values, total);
+  }
+  float lanes[kLanes];
+  store(lanes, total);
+  asm volatile("" : : "r"(lanes) : "memory");  // or the compiler would see that nobody needs it
+}
+
 // Items [begin, end) of the plan for these arguments; any thread may take any of them, in any order, each once.
 // `scratch`: the thread's own, `attention_scratch` floats.
 inline void attend(const AttentionArgs& args, const AttentionWork& work, int32_t begin, int32_t end, float* scratch) {
@@ -580,6 +586,7 @@ inline void attend(const AttentionArgs& args, const AttentionWork& work, int32_t
     const AttentionItem& item = work.items[i];
     Meeting m = open_item(args, item, scratch);
     for (int32_t g = 0; g < kGroups * kLanes; ++g) m.key_scales[g] = args.scale;
+    if (m.rows <= kTileRows) read_blocks(m, item);
     for (m.kv_head = item.kv_head; m.kv_head < item.kv_head + item.kv_heads; ++m.kv_head) {
       pack_queries(m, item);
       if (item.split >= 0) {
