@@ -131,7 +131,7 @@ def test_greeting_and_first_answer(chat: Terminal) -> None:
     chat.until(lambda: chat.at_prompt)
     assert chat.lines[0] == "SmolLM2-135M-Instruct.Q4_1"
     assert chat.lines[1] == "native, float32, 1 thread, context of 512 tokens"
-    assert "reading weights" in chat.raw and "reading weights" not in chat.text, "a line while it loads, gone after"
+    assert "reading weights" not in chat.text, "a line while it loads, if that takes long enough to see, and gone after"
     assert chat.say("What is the capital of France?") == "The capital of France is Paris."
     assert SGR.search(chat.raw)
 
