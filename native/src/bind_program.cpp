@@ -28,14 +28,6 @@ std::vector<float> copy_of(const std::optional<Floats>& array) {
   return array ? copy_of(*array) : std::vector<float>();
 }
 
-Activation activation_named(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  throw std::invalid_argument("no activation named " + name);
-}
-
 // The weights of a norm, until an operation takes them.
 struct NormParts {
   NormKind kind;

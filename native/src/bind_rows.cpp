@@ -67,14 +67,6 @@ nb::tuple unpack(const Kernels& kernels, const std::vector<uint8_t>& data, size_
   return nb::make_tuple(codes, figures[0], figures[1], figures[2], figures[3]);
 }
 
-Activation activation_named(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  throw std::invalid_argument("no activation named " + name);
-}
-
 }  // namespace
 
 void bind_rows(nb::module_& m) {

@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
+
 #include "table.h"
 
 namespace {
@@ -14,6 +16,14 @@ std::vector<std::string> names(const std::vector<const headrace::Kernels*>& kern
 }
 
 }  // namespace
+
+headrace::Activation activation_named(const std::string& name) {
+  if (name == "silu") return headrace::Activation::silu;
+  if (name == "gelu") return headrace::Activation::gelu;
+  if (name == "gelu_tanh") return headrace::Activation::gelu_tanh;
+  if (name == "relu") return headrace::Activation::relu;
+  throw std::invalid_argument("no activation named " + name);
+}
 
 NB_MODULE(_kernels, m) {
   m.doc() = "headrace's CPU kernels.";

@@ -3,6 +3,13 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
+#include "kernels.h"
+
+// By its name in a ModelSpec. Throws std::invalid_argument.
+headrace::Activation activation_named(const std::string& name);
+
 void bind_weights(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);

@@ -53,6 +53,26 @@ struct Weight {
   int32_t zero;
 };
 
+// Bytes of a panel's group of codes. (`static`: each kernel file has its own.)
+static constexpr int32_t code_bytes(Codes codes) { return codes == Codes::q4 ? 256 : codes == Codes::q6 ? 384 : 512; }
+
+// Of what precedes `groups` groups, and of what precedes each of them.
+static constexpr int32_t header_bytes(Scales scales) {
+  switch (scales) {
+    case Scales::half: return 32;
+    case Scales::halves: return 64;
+    case Scales::single: return 64;
+    case Scales::singles: return 128;
+    case Scales::k4: return 64;
+    case Scales::k6: return 32;
+    case Scales::none: return 0;
+  }
+  return 0;
+}
+static constexpr int32_t group_header_bytes(Scales scales) {
+  return scales == Scales::k4 || scales == Scales::k6 ? 32 : 0;
+}
+
 enum class Store : int32_t {
   put,  // y = x wᵀ + bias
   add   // y += scale × (x wᵀ + bias)

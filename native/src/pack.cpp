@@ -21,23 +21,6 @@ namespace {
 
 constexpr int32_t kSuper = 256;  // columns of a K block
 
-int64_t code_bytes(Codes codes) { return codes == Codes::q4 ? 256 : codes == Codes::q6 ? 384 : 512; }
-
-int64_t header_bytes(Scales scales) {
-  switch (scales) {
-    case Scales::half: case Scales::k6: return 2 * kPanel;
-    case Scales::halves: case Scales::k4: return 4 * kPanel;
-    case Scales::single: return 4 * kPanel;
-    case Scales::singles: return 8 * kPanel;
-    case Scales::none: return 0;
-  }
-  return 0;
-}
-
-int64_t group_header_bytes(Scales scales) {
-  return scales == Scales::k4 || scales == Scales::k6 ? 2 * kPanel : 0;
-}
-
 int64_t number_bytes(Codes codes) { return codes == Codes::f32 ? 4 : 2; }
 
 int32_t panels_of(int32_t rows) { return (rows + kPanel - 1) / kPanel; }

@@ -17,24 +17,6 @@ namespace headrace::HEADRACE_ISA {
 constexpr int32_t kTokens = 120;   // tokens that meet a panel before the next panel comes: whole tiles
 constexpr int32_t kColumns = 256;  // columns of plain numbers that meet them at a time
 
-constexpr int32_t code_bytes(Codes codes) { return codes == Codes::q4 ? 256 : codes == Codes::q6 ? 384 : 512; }
-
-// Of what precedes `groups` groups, and of what precedes each of them.
-constexpr int32_t header_bytes(Scales scales) {
-  switch (scales) {
-    case Scales::half: return 32;
-    case Scales::halves: return 64;
-    case Scales::single: return 64;
-    case Scales::singles: return 128;
-    case Scales::k4: return 64;
-    case Scales::k6: return 32;
-    case Scales::none: return 0;
-  }
-  return 0;
-}
-constexpr int32_t group_header_bytes(Scales scales) {
-  return scales == Scales::k4 || scales == Scales::k6 ? 32 : 0;
-}
 constexpr bool has_minimum(Scales scales) {
   return scales == Scales::halves || scales == Scales::singles || scales == Scales::k4;
 }

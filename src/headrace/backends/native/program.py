@@ -202,9 +202,9 @@ class _Compiler:
         weight = table if spec.embedding.tied else self._tensors.weight(f"{HEAD}.weight", spec.vocab_size, width)
         bias = self._tensors.vector(f"{HEAD}.bias", spec.vocab_size) if spec.head.bias else None
         linear = self._keep(HEAD, weight, _kernels.Linear(weight, bias, 0))
-        rows = self._head_buffer("wanted", width, quantised=False)
-        normed = self._head_buffer("wanted, normed", width, quantised=weight.quantised)
-        logits = self._head_buffer("logits", spec.vocab_size, quantised=False)
+        rows = self._head_buffer(width, quantised=False)
+        normed = self._head_buffer(width, quantised=weight.quantised)
+        logits = self._head_buffer(spec.vocab_size, quantised=False)
         program.gather(hidden, rows)
         self._line("gather", f"{width}")
         norm = self._make_norm(FINAL_NORM, spec.final_norm)
@@ -293,8 +293,8 @@ class _Compiler:
             self._buffers[key] = self._program.buffer(width, quantised, rows_a_token)
         return self._buffers[key]
 
-    def _head_buffer(self, kind: str, width: int, quantised: bool) -> int:
-        return self._buffers.setdefault((kind, width), self._program.buffer(width, quantised, head=True))
+    def _head_buffer(self, width: int, quantised: bool) -> int:
+        return self._program.buffer(width, quantised, head=True)
 
     def _line(self, name: str, shape: str, nbytes: int = 0, kernel: str = "f32") -> None:
         self._lines.append(Line(name, shape, nbytes, kernel))
