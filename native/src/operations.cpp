@@ -13,7 +13,7 @@ int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; 
 // lies together: everybody gets one part (measured: 82 GB/s in halves, 46 in pieces of four panels). With many it is a
 // matter of arithmetic, and small items even out what threads are given of the machine.
 int32_t panels_an_item(int32_t panels, int32_t tokens, const Workspace& workspace) {
-  constexpr int32_t kFew = 4, kSome = 16, kSmall = 4;
+  constexpr int32_t kFew = 4, kSome = 16, kSmall = 2;
   if (tokens > kSome) return kSmall;
   const int32_t parts = workspace.threads() * (tokens <= kFew ? 1 : 2);
   return std::max<int32_t>(1, static_cast<int32_t>(pieces(panels, parts)));
@@ -125,8 +125,8 @@ void Product::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   for (const auto& layer : layers_) {
     const int32_t panels = static_cast<int32_t>(pieces(layer->weight->weight.rows, kPanel));
     if (begin < panels && end > 0) {
-      run_linear(kernels, *layer, workspace.row(x_, 0), workspace.width(x_), workspace.quantised(x_, 0, step.tokens),
-                 workspace.row(y_, 0), workspace.width(y_), step.tokens, store_, scale_, std::max(begin, 0),
+      run_linear(kernels, *layer, workspace.row(x_, 0), workspace.stride(x_), workspace.quantised(x_, 0, step.tokens),
+                 workspace.row(y_, 0), workspace.stride(y_), step.tokens, store_, scale_, std::max(begin, 0),
                  std::min(end, panels));
     }
     begin -= panels;
@@ -148,11 +148,25 @@ Rotate::Rotate(int32_t qkv, int32_t heads, std::unique_ptr<Norm> q_norm, std::un
       rope_{cos_ ? cos_->data() : nullptr, sin_ ? sin_->data() : nullptr, dim, interleaved},
       kv_(kv) {}
 
+namespace {
+
+// Keys of one dimension and neighbouring tokens share a cache line: threads had better not share it as well.
+int32_t rotated_tokens(int32_t tokens, const Workspace& workspace) {
+  constexpr int32_t kFew = 4, kMany = 16;
+  return tokens >= 2 * kMany * workspace.threads() ? kMany : kFew;
+}
+
+}  // namespace
+
+int64_t Rotate::items(const Step& step, const Workspace& workspace, int32_t) const {
+  return pieces(step.tokens, rotated_tokens(step.tokens, workspace));
+}
+
 void Rotate::run(const Step& step, Workspace& workspace, int32_t, int64_t item, int32_t) const {
   float* q = workspace.row(qkv_, 0);
   float* k = q + static_cast<int64_t>(heads_) * kv_->head_dim;
   float* v = k + static_cast<int64_t>(kv_->kv_heads) * kv_->head_dim;
-  const int64_t stride = workspace.width(qkv_);
+  const int64_t stride = workspace.stride(qkv_);
   const RotateArgs args{
       .q = q,
       .k = k,
@@ -168,8 +182,9 @@ void Rotate::run(const Step& step, Workspace& workspace, int32_t, int64_t item, 
       .positions = step.positions,
       .slots = step.slots,
   };
-  const int32_t begin = static_cast<int32_t>(item) * 4;
-  workspace.kernels().rotate_and_store(args, begin, std::min(step.tokens, begin + 4));
+  const int32_t size = rotated_tokens(step.tokens, workspace);
+  const int32_t begin = static_cast<int32_t>(item) * size;
+  workspace.kernels().rotate_and_store(args, begin, std::min(step.tokens, begin + size));
 }
 
 namespace {
@@ -218,9 +233,9 @@ void Attend::run(const Step& step, Workspace& workspace, int32_t, int64_t item, 
   auto& state = static_cast<AttendState&>(*workspace.states[shared_]);
   const AttentionArgs args{
       .q = workspace.row(qkv_, 0),
-      .q_stride = workspace.width(qkv_),
+      .q_stride = workspace.stride(qkv_),
       .out = workspace.row(y_, 0),
-      .out_stride = workspace.width(y_),
+      .out_stride = workspace.stride(y_),
       .heads = heads_,
       .scale = scale_,
       .softcap = softcap_,
@@ -344,8 +359,8 @@ void Experts::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   const int32_t first = state.starts[static_cast<size_t>(index)];
   const int32_t count = state.starts[static_cast<size_t>(index) + 1] - first;
   const auto product = [&](const Linear& layer, int32_t x, int32_t y) {
-    run_linear(kernels, layer, workspace.row(x, first), workspace.width(x), workspace.quantised(x, first, count),
-               workspace.row(y, first), workspace.width(y), count, Store::put, 1.0f, begin, end);
+    run_linear(kernels, layer, workspace.row(x, first), workspace.stride(x), workspace.quantised(x, first, count),
+               workspace.row(y, first), workspace.stride(y), count, Store::put, 1.0f, begin, end);
   };
   if (phase == 6) return product(*expert.down, s_.activated, s_.answers);
   for (const auto& layer : expert.inner) product(*layer, s_.gathered, s_.inner);
@@ -357,7 +372,7 @@ void Experts::route(const Step& step, Workspace& workspace, int64_t token) const
   const auto count = experts_.size();
   std::vector<float> scores(count);
   const float* x = workspace.row(s_.x, token);
-  run_linear(kernels, *router_, x, workspace.width(s_.x), {}, scores.data(), static_cast<int64_t>(count), 1, Store::put,
+  run_linear(kernels, *router_, x, workspace.stride(s_.x), {}, scores.data(), static_cast<int64_t>(count), 1, Store::put,
              1.0f, 0, panels_of(*router_));
   if (step.adapters != nullptr && step.adapters[token] >= 0) {
     add_delta(kernels, *router_, step.adapters[token], x, scores.data(), 1.0f);

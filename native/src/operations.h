@@ -164,7 +164,7 @@ class Rotate : public Operation {
   Rotate(int32_t qkv, int32_t heads, std::unique_ptr<Norm> q_norm, std::unique_ptr<Norm> k_norm,
          std::shared_ptr<const std::vector<float>> cos, std::shared_ptr<const std::vector<float>> sin, int32_t dim,
          bool interleaved, const KvLayer* kv);
-  int64_t items(const Step& step, const Workspace&, int32_t) const override { return (step.tokens + 3) / 4; }
+  int64_t items(const Step& step, const Workspace& workspace, int32_t) const override;
   void run(const Step&, Workspace&, int32_t, int64_t item, int32_t) const override;
 
  private:

@@ -57,8 +57,10 @@ class Workspace {
   Workspace(const Kernels& kernels, int32_t threads, int32_t max_tokens, int32_t head_rows,
             const std::vector<BufferSpec>& buffers, int64_t num_phases);
 
-  float* row(int32_t buffer, int64_t row) { return buffers_[buffer].values + row * buffers_[buffer].width; }
+  float* row(int32_t buffer, int64_t row) { return buffers_[buffer].values + row * buffers_[buffer].stride; }
   int32_t width(int32_t buffer) const { return buffers_[buffer].width; }
+  // Floats from a row to the next.
+  int32_t stride(int32_t buffer) const { return buffers_[buffer].stride; }
   // `rows` rows from `first` on, in tiles of their own.
   QuantRows quantised(int32_t buffer, int64_t first, int64_t rows);
   ThreadPool& pool() { return pool_; }
@@ -74,7 +76,7 @@ class Workspace {
  private:
   friend class Program;
   struct Buffer {
-    int32_t width;
+    int32_t width, stride;
     float* values;
     uint8_t* quantised;
     std::vector<Bytes> memory;

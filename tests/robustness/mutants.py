@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "an answer may be one token too long",
         STOP,
-        "sequence.num_output >= sequence.max_output",
-        "sequence.num_output > sequence.max_output",
+        "len(sequence.tokens) >= sequence.max_total",
+        "len(sequence.tokens) > sequence.max_total",
     ),
     Mutant(
         "the backend is not told what to mask until min_tokens are out",
@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant(
         "the last wanted token is computed for nothing",
         SEQUENCE,
-        "self.num_output + self.sampling_in_flight >= self.max_output",
-        "self.num_output >= self.max_output",
+        "0 if num_tokens >= self.max_total else",
+        "0 if len(self.tokens) >= self.max_total else",
     ),
     Mutant(
         "serial lets two in",

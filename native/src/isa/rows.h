@@ -55,11 +55,14 @@ inline void norm_row(const NormArgs& args, const float* x, float* y) {
 
 // ---------------------------------------------------------------- activations
 
-inline F32 sigmoid(F32 x) { return div(splat(1.0f), add(splat(1.0f), exp(sub(splat(0.0f), x)))); }
+// Below -88 exp() grows no further. A NaN stays one: max() gives its second argument.
+[[gnu::always_inline]] inline F32 silu(F32 x) {
+  return mul(max(splat(-88.0f), x), div(splat(1.0f), add(splat(1.0f), exp(sub(splat(0.0f), x)))));
+}
 
 // To within 2 ulp: 1 - 2 / (e^2x + 1), but where |x| ≤ 0.6, and this would lose the last digits, the continued fraction
 // x / (1 + x² / (3 + x² / (5 + x² / (7 + x² / 9)))), to within 1e-8 there. A NaN stays one: it is not above 0.6.
-inline F32 tanh(F32 x) {
+[[gnu::always_inline]] inline F32 tanh(F32 x) {
   const F32 z = mul(x, x);
   const F32 over = fma(z, add(z, splat(105.0f)), splat(945.0f));
   const F32 under = fma(z, fma(splat(15.0f), z, splat(420.0f)), splat(945.0f));
@@ -68,28 +71,16 @@ inline F32 tanh(F32 x) {
   return select_less(splat(0.6f), abs(x), far, near);
 }
 
-inline F32 activate(Activation activation, F32 x) {
-  switch (activation) {
-    // Below -88 exp() grows no further. A NaN stays one: max() gives its second argument.
-    case Activation::silu: return mul(max(splat(-88.0f), x), sigmoid(x));
-    case Activation::gelu_tanh: {
-      const F32 inner = mul(fma(mul(x, mul(x, x)), splat(0.044715f), x), splat(0.7978845608f));
-      return mul(mul(splat(0.5f), x), add(splat(1.0f), tanh(inner)));
-    }
-    case Activation::gelu: {
-      float lanes[kLanes];
-      store(lanes, x);
-      for (int32_t i = 0; i < kLanes; ++i) {
-        lanes[i] = 0.5f * lanes[i] * (1.0f + __builtin_erff(lanes[i] * 0.70710678f));
-      }
-      return load(lanes);
-    }
-    case Activation::relu: {
-      // A NaN stays one.
-      return max(splat(0.0f), x);
-    }
-  }
-  return x;
+[[gnu::always_inline]] inline F32 gelu_tanh(F32 x) {
+  const F32 inner = mul(fma(mul(x, mul(x, x)), splat(0.044715f), x), splat(0.7978845608f));
+  return mul(mul(splat(0.5f), x), add(splat(1.0f), tanh(inner)));
+}
+
+inline F32 gelu(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int32_t i = 0; i < kLanes; ++i) lanes[i] = 0.5f * lanes[i] * (1.0f + __builtin_erff(lanes[i] * 0.70710678f));
+  return load(lanes);
 }
 
 template <class Function>
@@ -102,10 +93,13 @@ inline void activate_each(const Function& function, const float* gate, const flo
 
 // y = act(gate) × up, or act(gate) where up is null. y may be the gate.
 inline void activate_row(Activation activation, const float* gate, const float* up, int32_t width, float* y) {
-  if (activation == Activation::silu) {  // by far the most common: no choice in its loop
-    return activate_each([](F32 x) { return activate(Activation::silu, x); }, gate, up, width, y);
+  switch (activation) {
+    case Activation::silu: return activate_each([](F32 x) { return silu(x); }, gate, up, width, y);
+    case Activation::gelu_tanh: return activate_each([](F32 x) { return gelu_tanh(x); }, gate, up, width, y);
+    case Activation::gelu: return activate_each([](F32 x) { return gelu(x); }, gate, up, width, y);
+    case Activation::relu:  // a NaN stays one
+      return activate_each([](F32 x) { return max(splat(0.0f), x); }, gate, up, width, y);
   }
-  activate_each([=](F32 x) { return activate(activation, x); }, gate, up, width, y);
 }
 
 // ---------------------------------------------------------------- rows as int8

@@ -309,8 +309,8 @@ inline float largest(F32 a) {
 
 // e^x to within 2 ulp: x = n ln 2 + r, |r| ≤ ln 2 / 2, e^r by its Taylor polynomial of degree 7 (error < 2^-27).
 // Input is held within -87 … 88: what lies below gives e^-87 = 1.6e-38, above e^88 = 1.7e38. A NaN gives e^88: callers
-// look for NaN elsewhere.
-inline F32 exp(F32 x) {
+// look for NaN elsewhere. Always inline: a call would pass its vectors through memory (measured: silu 6 times slower).
+[[gnu::always_inline]] inline F32 exp(F32 x) {
   const F32 clamped = max(min(x, splat(88.0f)), splat(-87.0f));
   const F32 n = round(mul(clamped, splat(1.44269504f)));
   const F32 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));

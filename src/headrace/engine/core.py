@@ -91,8 +91,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, a plan uncommitted or an event not yet taken."""
-        pending = self._scheduler.unfinished or self._scheduler.in_flight
-        return bool(self._events) or (self._dead is None and bool(pending))
+        return bool(self._events) or (self._dead is None and self._scheduler.has_work)
 
     @property
     def error(self) -> HeadraceError | None:

@@ -51,7 +51,7 @@ class SchedulerStats:
     preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Span:
     """What a plan lets one row do."""
 
@@ -61,7 +61,7 @@ class _Span:
     sampled: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Flight:
     """A plan that is not committed yet."""
 
@@ -108,12 +108,16 @@ class Scheduler:
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is in use")
         sampling = request.sampling
-        room = self._max_model_len - len(request.token_ids)
+        num_prompt = len(request.token_ids)
         sequence = Sequence(
             request=request,
             number=self._arrivals,
             stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids),
-            max_output=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            max_total=(
+                self._max_model_len
+                if sampling.max_tokens is None
+                else min(num_prompt + sampling.max_tokens, self._max_model_len)
+            ),
             root_key=self._cache.root(request.salt, request.adapter),
             tokens=list(request.token_ids),
         )
@@ -156,6 +160,11 @@ class Scheduler:
         return tuple(self._sequences)
 
     @property
+    def has_work(self) -> bool:
+        """Whether a request has no terminal event yet, or a plan no commit."""
+        return bool(self._sequences or self._flights)
+
+    @property
     def in_flight(self) -> int:
         """Plans that wait for their commit."""
         return len(self._flights)
@@ -177,9 +186,10 @@ class Scheduler:
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None where there is nothing to compute now."""
-        self._expire(now_s)
+        if self._deadlines:
+            self._expire(now_s)
         flight = _Flight(self._step)
-        admits = self._join(now_s)
+        admits = self._join(now_s) if self._waiting else []
         rows = self._spread(flight)
         if not rows:
             return None
@@ -188,7 +198,6 @@ class Scheduler:
         self._step += 1
         self._flights.append(flight)
         self.stats.iterations += 1
-        self.stats.computed_tokens += sum(row.length for row in rows)
         return plan
 
     def _join(self, now_s: float) -> list[Admit]:
@@ -286,26 +295,33 @@ class Scheduler:
         rows: list[RowStep] = []
         budget = self._capacity.max_tokens
         share = budget // self._capacity.max_rows
-        todo = deque(s for s in self._running if s.remaining)
-        reserved = sum(min(share, s.remaining) for s in todo)
+        todo: deque[tuple[Sequence, int]] = deque()
+        reserved = 0
+        for sequence in self._running:
+            if remaining := sequence.remaining:
+                todo.append((sequence, remaining))
+                reserved += min(share, remaining)
         while todo:
-            sequence = todo.popleft()
-            reserved -= min(share, sequence.remaining)
-            wanted = min(sequence.remaining, budget - reserved)
+            sequence, remaining = todo.popleft()
+            reserved -= min(share, remaining)
+            wanted = min(remaining, budget - reserved)
             while (fits := self._fitting(sequence, wanted)) == 0 and todo and not self._blocks_coming():
-                youngest = todo.pop()
-                reserved -= min(share, youngest.remaining)
+                youngest, remaining = todo.pop()
+                reserved -= min(share, remaining)
                 self._preempt(youngest)
             if fits:
                 rows.append(self._span(flight, sequence, fits))
                 budget -= fits
+        self.stats.computed_tokens += self._capacity.max_tokens - budget
         return rows
 
     def _span(self, flight: _Flight, sequence: Sequence, length: int) -> RowStep:
         """Plans the next `length` tokens of a sequence, for which there are blocks."""
         start = sequence.num_planned
         stop = start + length
-        sequence.blocks += self._pool.allocate(max(0, self._blocks_for(stop) - len(sequence.blocks)))
+        missing = self._blocks_for(stop) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks += self._pool.allocate(missing)
         new_blocks = tuple(sequence.blocks[sequence.num_announced :])
         sequence.num_announced = len(sequence.blocks)
         sampled = stop == sequence.num_tokens
@@ -321,8 +337,9 @@ class Scheduler:
 
     def _fitting(self, sequence: Sequence, wanted: int) -> int:
         """How many of the `wanted` next tokens the blocks at hand allow."""
-        slots = (len(sequence.blocks) + self._pool.available) * self._capacity.block_size
-        return max(0, min(wanted, slots - sequence.num_planned))
+        size = self._capacity.block_size
+        held = len(sequence.blocks) * size - sequence.num_planned
+        return wanted if wanted <= held else max(0, min(wanted, held + self._pool.available * size))
 
     def _blocks_coming(self) -> bool:
         """Whether blocks come back at a commit that is due, without preempting anyone else."""
@@ -349,10 +366,11 @@ class Scheduler:
     def commit(self, result: StepResult, now_s: float) -> None:
         """Takes the oldest plan's result: tokens, endings, published blocks, blocks and rows that come back."""
         flight = self._flights.popleft()
-        if result.step != flight.step or {out.row for out in result.rows} != flight.spans.keys():
+        spans = flight.spans
+        if result.step != flight.step or [out.row for out in result.rows] != list(spans):
             raise ValueError(f"result of step {result.step} does not answer plan {flight.step}")
         for out in result.rows:
-            span = flight.spans[out.row]
+            span = spans[out.row]
             sequence = span.sequence
             sequence.steps_in_flight -= 1
             sequence.sampling_in_flight -= span.sampled

@@ -26,8 +26,8 @@ class Sequence:
     number: int
     """Arrival number: the order among requests of one priority."""
     stop_ids: frozenset[int]
-    max_output: int
-    """Most tokens it may generate: max_tokens, cut to what the context holds."""
+    max_total: int
+    """Most tokens it may have: its prompt and max_tokens, cut to what the context holds."""
     root_key: bytes
     tokens: list[int]
     """Prompt, then every token that a committed step has sampled."""
@@ -69,9 +69,8 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens the next step may compute. None once the last wanted token is known or being sampled."""
-        if self.num_output + self.sampling_in_flight >= self.max_output:
-            return 0
-        return self.num_tokens - self.num_planned
+        num_tokens = len(self.tokens) + self.sampling_in_flight
+        return 0 if num_tokens >= self.max_total else num_tokens - self.num_planned
 
     @property
     def unscored(self) -> bool:

@@ -13,6 +13,6 @@ def stop_reason(sequence: Sequence) -> FinishReason | None:
     """
     if sequence.tokens[-1] in sequence.stop_ids:
         return FinishReason.STOP
-    if sequence.num_output >= sequence.max_output:
+    if len(sequence.tokens) >= sequence.max_total:
         return FinishReason.LENGTH
     return None
