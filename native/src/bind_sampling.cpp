@@ -17,6 +17,7 @@ using namespace headrace;
 namespace {
 
 using LogitRows = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using TokenIds = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 
 // A Python integer, held within 64 bits.
@@ -221,4 +222,24 @@ void bind_sampling(nb::module_& m) {
       },
       nb::arg("kernels"), nb::arg("seed"), nb::arg("position"), nb::arg("first_id"),
       "The random words of 256 ids from a multiple of 4 on.");
+
+  m.def(
+      "noise_words_of",
+      [](const std::string& kernels, int64_t seed, int64_t position, TokenIds ids) {
+        std::vector<uint32_t> words(ids.size());
+        kernels_named(kernels).sampling.noise_words_of(static_cast<uint64_t>(seed),
+                                                       static_cast<uint64_t>(position), ids.data(),
+                                                       static_cast<int32_t>(ids.size()), words.data());
+        return words;
+      },
+      nb::arg("kernels"), nb::arg("seed"), nb::arg("position"), nb::arg("ids"), "The random words of ids ≥ 0.");
+
+  m.def(
+      "sum_roughly",
+      [](const std::string& kernels, Logits values, float floor, float peak, double temperature) {
+        return kernels_named(kernels).sampling.sum_roughly(values.data(), static_cast<int32_t>(values.size()), floor,
+                                                           peak, 1.0 / temperature);
+      },
+      nb::arg("kernels"), nb::arg("values"), nb::arg("floor"), nb::arg("peak"), nb::arg("temperature"),
+      "The sum of e^((value - peak) / temperature) over the values at or above the floor, roughly.");
 }

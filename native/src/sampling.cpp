@@ -22,8 +22,11 @@ constexpr double kGreedyBelow = 1e-5;
 // A little more than the largest gumbel of a 32-bit uniform, 22.874.
 constexpr double kMostGumbel = 22.9;
 
-// Noise is made for the whole vocabulary where more than one id in so many is a candidate.
-constexpr int32_t kSparse = 32;
+// The largest guess at how many ids are too unlikely to be in a nucleus; guesses are this and its halves.
+constexpr int32_t kMostGuessed = 8192;
+
+// Of two rough sums, one that is less by this share is less in truth.
+constexpr double kRoughly = 2.5 * kRoughError;
 
 // Values in ascending order of their ids.
 struct Items {
@@ -61,9 +64,9 @@ float rank_among(float* values, int32_t count, int32_t rank) {
   return values[rank - 1];
 }
 
-// The value of this rank, 1 the largest; `space` has room for count + 64 floats.
+// The value of this rank, 1 the largest; `space` has room for count + 64 floats, `ids` for count.
 float value_of_rank(const SamplingKernels& kernels, const float* values, int32_t count, int32_t rank,
-                    float* space) {
+                    float* space, int32_t* ids) {
   constexpr int32_t kLanes = 16;
   constexpr int32_t kTile = kLanes * kMaximaGroup;
   const int32_t groups = (count + kTile - 1) / kTile * kLanes;
@@ -73,8 +76,8 @@ float value_of_rank(const SamplingKernels& kernels, const float* values, int32_t
   }
   // `rank` groups have a maximum of at least the floor: so many values at least are above it.
   kernels.group_maxima(values, count, space);
-  const float floor = value_of_rank(kernels, space, groups, rank, space + groups);
-  return rank_among(space, kernels.collect(values, count, floor, nullptr, space), rank);
+  const float floor = value_of_rank(kernels, space, groups, rank, space + groups, ids);
+  return rank_among(space, kernels.collect(values, nullptr, count, floor, ids, space), rank);
 }
 
 // Those of a lower key, and those of the same key up to place `last`.
@@ -151,9 +154,11 @@ Logprobs logprobs_of(SampleScratch& scratch, const float* logits, float peak, in
   out.logprob = logits[token] - total;
   count = std::min(count, scratch.vocab);
   if (count <= 0) return out;
-  const float least = value_of_rank(kernels, logits, scratch.vocab, count, scratch.selection.get());
+  const float least =
+      value_of_rank(kernels, logits, scratch.vocab, count, scratch.selection.get(), scratch.places.get());
   const SampleScratch::Candidates& found = scratch.candidates[0];
-  const int32_t size = kernels.collect(logits, scratch.vocab, least, found.ids.get(), found.values.get());
+  const int32_t size =
+      kernels.collect(logits, nullptr, scratch.vocab, least, found.ids.get(), found.values.get());
   int32_t ties = count;
   for (int32_t i = 0; i < size; ++i) ties -= static_cast<int32_t>(found.values[i] > least);
   std::array<float, kMaxLogprobs> values;
@@ -203,7 +208,8 @@ class Sampler {
       outcome.token = peak.index;
     } else {
       if (!row_.has_seed) return failed(SampleFault::no_seed);
-      outcome.token = choose(values, peak);
+      best_ = peak.index;
+      outcome.token = choose(values, peak.value);
     }
     outcome.has_logprobs = row_.logprobs >= 0;
     if (outcome.has_logprobs) {
@@ -288,39 +294,26 @@ class Sampler {
 
   // ---------------------------------------------------------------- filters
 
-  int32_t choose(const float* values, const Peak& peak) {
+  int32_t choose(const float* values, float top) {
     Items items{values, nullptr, scratch_.vocab};
-    int32_t best = peak.index;
-    float top = peak.value;
     if (row_.top_k > 0 && row_.top_k < scratch_.vocab) items = keep_top(items);
     if (row_.typical_p < 1.0) {
       items = keep_typical(items, top);
       top = kernels_.largest(items.values, items.count);
     }
-    if (row_.top_p < 1.0) items = keep_nucleus(items, top);
-    if (items.ids != nullptr) {
-      best = static_cast<int32_t>(std::find(items.values, items.values + items.count, top) - items.values);
-    }
-    if (items.ids != nullptr && items.count > scratch_.vocab / kSparse) {
-      best = items.ids[best];
-      items = spread(items);
-    }
-    return draw(items, best);
+    return row_.top_p < 1.0 ? draw_from_nucleus(items, top) : items.id(draw(items, top));
   }
 
   // Those at or above a floor.
   Items cut_out(const Items& items, float floor, const SampleScratch::Candidates& into) {
     const int32_t count =
-        kernels_.collect(items.values, items.count, floor, into.ids.get(), into.values.get());
-    if (items.ids != nullptr) {
-      for (int32_t i = 0; i < count; ++i) into.ids[i] = items.ids[into.ids[i]];
-    }
+        kernels_.collect(items.values, items.ids, items.count, floor, into.ids.get(), into.values.get());
     return {into.values.get(), into.ids.get(), count};
   }
 
   Items keep_top(const Items& items) {
-    const float least =
-        value_of_rank(kernels_, items.values, items.count, row_.top_k, scratch_.selection.get());
+    const float least = value_of_rank(kernels_, items.values, items.count, row_.top_k,
+                                      scratch_.selection.get(), scratch_.places.get());
     const SampleScratch::Candidates& candidates = scratch_.candidates[0];
     const Items found = cut_out(items, std::max(least, -kMost), candidates);
     int32_t ties = row_.top_k;
@@ -354,47 +347,106 @@ class Sampler {
     return leave(candidates, items.count, [&](int32_t i) { return prefix.holds(keys[i], i); });
   }
 
-  // The shortest prefix of (likeliest first, lowest id first) whose share of the whole is at least top_p.
+  // ---------------------------------------------------------------- nucleus
+
+  // The draw from the nucleus: the shortest prefix of (likeliest first, lowest id first) whose share of the
+  // whole is at least top_p. It need not be known: who wins among more than it is its winner too, if inside,
+  // and one outside takes all behind it out of the race. A winner is inside if those ahead of it weigh less than
+  // the goal: rough sums tell, but for one draw in a thousand.
+  int32_t draw_from_nucleus(const Items& items, float top) {
+    const double whole = weigh(items, -kInfinity, top);
+    const double goal = row_.top_p * whole;
+    for (Items able = likely(items, top, whole);;) {
+      const int32_t winner = draw(able, top);
+      const int32_t id = able.id(winner);
+      // With all of its own value it may still be light enough: then nobody need be sorted out.
+      if (weigh(able, able.values[winner], top) < goal * (1.0 - kRoughly)) return id;
+      able = ahead(able, winner);
+      const double weight = weigh(able, -kInfinity, top);
+      if (able.count == 0 || weight < goal * (1.0 - kRoughly)) return id;
+      if (weight < goal * (1.0 + kRoughly)) {
+        const Items nucleus = keep_nucleus(items, top);
+        return nucleus.id(draw(nucleus, top));
+      }
+    }
+  }
+
+  // The weight of those at or above a floor, roughly.
+  double weigh(const Items& items, float floor, float top) const {
+    return kernels_.sum_roughly(items.values, items.count, floor, top, inverse_temperature_);
+  }
+
+  // At least the nucleus. Items lighter than 1 - top_p of the whole over their number can all be left out; so can
+  // those lighter by a guess at the number, if what is left reaches the goal.
+  Items likely(const Items& items, float top, double whole) {
+    const double goal = row_.top_p * whole * (1.0 + kRoughly);
+    const auto floor_of = [&](int32_t guess) {
+      return rounded_down(top + row_.temperature * std::log((1.0 - row_.top_p) * whole / guess));
+    };
+    int32_t guess = kMostGuessed;
+    if (items.count <= guess) return items;
+    const Items found = cut_out(items, floor_of(guess), scratch_.candidates[1]);
+    if (weigh(found, -kInfinity, top) < goal) return items;
+    while (guess > 1 && weigh(found, floor_of(guess / 2), top) >= goal) guess /= 2;
+    return cut_out(found, floor_of(guess), scratch_.candidates[1]);
+  }
+
+  // Those before one of them in the order of (likeliest first, lowest id first).
+  Items ahead(const Items& items, int32_t place) {
+    const SampleScratch::Candidates& candidates = scratch_.candidates[1];
+    const float value = items.values[place];
+    const int32_t id = items.id(place);
+    const Items found = cut_out(items, value, candidates);
+    return leave(candidates, found.count, [&](int32_t i) {
+      return found.values[i] > value || (found.values[i] == value && found.ids[i] < id);
+    });
+  }
+
+  // The nucleus, by sums in float64.
   Items keep_nucleus(const Items& items, float top) {
     const SampleScratch::Candidates& candidates = scratch_.candidates[1];
+    const Items found = cut_out(items, -kMost, candidates);
+    kernels_.weights(found.values, found.count, top, inverse_temperature_, scratch_.weights.get());
     uint64_t* keys = scratch_.keys.get();
-    const double* weights = scratch_.weights.get();
+    for (int32_t i = 0; i < found.count; ++i) keys[i] = falling(found.values[i]);
     const double whole = kernels_.sum_weights(items.values, items.count, top, inverse_temperature_);
-    const double goal = row_.top_p * whole;
-    // Items lighter than 1 - top_p of the whole over their number can all be left out. The same with a guess
-    // at the number leaves less to look at; a guess is good where what it leaves reaches the goal.
-    for (int64_t guess = 256;; guess *= 16) {
-      const bool sure = guess >= items.count;
-      const double share = (1.0 - row_.top_p) * whole / static_cast<double>(sure ? items.count : guess);
-      const double least = top + row_.temperature * std::log(share);
-      const double slack = 1e-6 * (row_.temperature + std::fabs(static_cast<double>(top)));
-      const Items found = cut_out(items, rounded_down(least - slack), candidates);
-      kernels_.weights(found.values, found.count, top, inverse_temperature_, scratch_.weights.get());
-      if (!sure && std::accumulate(weights, weights + found.count, 0.0) < goal) continue;
-      for (int32_t i = 0; i < found.count; ++i) keys[i] = falling(found.values[i]);
-      const Prefix prefix = shortest_prefix(scratch_, found.count, goal);
-      return leave(candidates, found.count, [&](int32_t i) { return prefix.holds(keys[i], i); });
-    }
+    const Prefix prefix = shortest_prefix(scratch_, found.count, row_.top_p * whole);
+    return leave(candidates, found.count, [&](int32_t i) { return prefix.holds(keys[i], i); });
   }
 
   // ---------------------------------------------------------------- the draw
 
-  // As values of the whole vocabulary, -inf where an id is no candidate.
-  Items spread(const Items& items) {
-    float* values = scratch_.changed.get();
-    std::fill_n(values, scratch_.vocab, -kInfinity);
-    for (int32_t i = 0; i < items.count; ++i) values[items.ids[i]] = items.values[i];
-    return {values, nullptr, scratch_.vocab};
+  // The random words of `count` ≤ kNoiseChunk items.
+  void noise(const Items& items, int32_t start, int32_t count, uint32_t* words) const {
+    const uint64_t position = static_cast<uint64_t>(answered_);
+    if (items.ids == nullptr) return kernels_.noise_words(row_.seed, position, start, words);
+    const int32_t* ids = items.ids + start;
+    const int32_t first = ids[0] / 4 * 4;
+    const int32_t chunks = (ids[count - 1] - first) / kNoiseChunk + 1;
+    // One id alone costs as much as four in a row.
+    if (count <= chunks * (kNoiseChunk / 4)) {
+      return kernels_.noise_words_of(row_.seed, position, ids, count, words);
+    }
+    std::array<uint32_t, 4 * kNoiseChunk> all;
+    for (int32_t i = 0; i < chunks * kNoiseChunk; i += kNoiseChunk) {
+      kernels_.noise_words(row_.seed, position, first + i, all.data() + i);
+    }
+    for (int32_t i = 0; i < count; ++i) words[i] = all[ids[i] - first];
   }
 
   double score(float value, uint32_t word) const { return value / row_.temperature + gumbel(word); }
 
-  // The largest of value / temperature + gumbel among ids that are at least min_p times as likely as the
-  // likeliest, the lowest id on a tie. `best`: the likeliest's place.
-  int32_t draw(const Items& items, int32_t best) {
+  int32_t place_of(const Items& items, float value) const {
+    return static_cast<int32_t>(std::find(items.values, items.values + items.count, value) - items.values);
+  }
+
+  // The place of the largest of value / temperature + gumbel among ids that are at least min_p times as likely as
+  // the likeliest, whose value is `highest`; the lowest id on a tie.
+  int32_t draw(const Items& items, float highest) const {
     const uint64_t position = static_cast<uint64_t>(answered_);
-    const double top = items.values[best];
+    const double top = highest;
     const double peak = top / row_.temperature;
+    int32_t best = items.ids == nullptr ? best_ : place_of(items, highest);
     const double least = row_.min_p > 0.0 ? std::log(row_.min_p) - 1e-3 : -1e300;
     double most = score(items.values[best], uniform_word(row_.seed, position, items.id(best)));
     std::array<uint32_t, kNoiseChunk> words;
@@ -405,13 +457,7 @@ class Sampler {
       // Nothing below this wins, with the largest gumbel there is.
       const double floor = top + row_.temperature * std::max(most - peak - kMostGumbel, least);
       if (kernels_.largest(values, count) < floor) continue;
-      if (items.ids == nullptr) {
-        kernels_.noise_words(row_.seed, position, start, words.data());
-      } else {
-        for (int32_t i = 0; i < count; ++i) {
-          words[i] = uniform_word(row_.seed, position, items.ids[start + i]);
-        }
-      }
+      noise(items, start, count, words.data());
       const int32_t able = kernels_.contenders(values, words.data(), count, static_cast<float>(top),
                                                static_cast<float>(inverse_temperature_),
                                                static_cast<float>(std::exp(most - peak)), found.data());
@@ -425,7 +471,7 @@ class Sampler {
         }
       }
     }
-    return items.id(best);
+    return best;
   }
 
   SampleScratch& scratch_;
@@ -437,6 +483,7 @@ class Sampler {
   int32_t answered_;
   bool early_;
   double inverse_temperature_;
+  int32_t best_ = 0;  // the likeliest id, if nothing is filtered out
 };
 
 }  // namespace

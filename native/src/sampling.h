@@ -1,8 +1,9 @@
 // Logits -> tokens: the fast equal of `headrace/backends/sampling.py`, which says what sampling means
 // (docs/CONTRACTS.md §2). The same tokens, errors and, to 1e-12, log-probabilities.
 //
-// No sort of a vocabulary: a bound that provably loses nothing cuts the candidates out by value, and only
-// what is left is put in order. What a row gets depends on nothing but that row.
+// No sort of a vocabulary: a bound that provably loses nothing cuts the candidates out by value, and for top-p
+// the winner of a draw among more than enough is asked whether it belongs there. What a row gets depends on
+// nothing but that row.
 #pragma once
 
 #include <array>

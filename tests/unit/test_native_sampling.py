@@ -249,6 +249,47 @@ def test_noise(isa: str, seed: int, place: int) -> None:
         assert kernels.noise_words(isa, seed, place, first) == wanted.tolist()
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_noise_of_single_ids(isa: str) -> None:
+    rng = np.random.default_rng(6)
+    for count in (1, 2, 7, 8, 9, 40, 255, 256):
+        ids = rng.integers(0, 2**31, count, dtype=np.int32)
+        for seed, place in ((0, 0), (-5, 3), (2**63 - 1, 2**40 + 5)):
+            wanted = uniform_words(seed, place, ids.astype(np.int64))
+            assert kernels.noise_words_of(isa, seed, place, ids) == wanted.tolist()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_rough_sums(isa: str) -> None:
+    """Within the bound that the draw from a nucleus is built on, 2e-4."""
+    rng = np.random.default_rng(8)
+    for size in (1, 15, 16, 17, 1000, 1024, 1025, 70_001):
+        for temperature in (1e-5, 0.01, 0.5, 1.0, 2.0):
+            for scale in (0.0, 1e-3, 1.0, 4.0, 80.0, 1e30):
+                values = (rng.standard_normal(size) * scale * temperature + rng.uniform(-50, 50)).astype(np.float32)
+                values[rng.random(size) < 0.1] = -INF
+                values[rng.integers(size)] = peak = np.float32(max(float(values.max()), 0.0))
+                weights = np.exp((values.astype(np.float64) - peak) / temperature)
+                for floor in (-INF, float(peak), float(peak) - temperature):
+                    wanted = weights[values >= floor].sum()
+                    found = kernels.sum_roughly(isa, values, floor, float(peak), temperature)
+                    assert abs(found - wanted) <= 2e-4 * wanted, (size, temperature, scale, floor)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_nuclei_that_end_exactly_where_a_sum_does(isa: str) -> None:
+    """Of equal logits, top_p = i / n keeps the first i ids: rough sums cannot tell whether the one at the end is in."""
+    tokens: Counter[int] = Counter()
+    for size, kept in ((2, 1), (4, 1), (8, 6), (64, 16), (1024, 3), (65_536, 2), (65_536, 40_000)):
+        logits_PV = np.zeros((40, size), np.float32)
+        rows = [position(size, temperature=1.0, seed=i, top_p=kept / size) for i in range(40)]
+        assert check(kernels.SampleScratch(isa, size), logits_PV, rows) == {"token": 40}
+        found = [one.token for one in native(kernels.SampleScratch(isa, size), logits_PV, rows)]  # type: ignore[union-attr]
+        assert max(found) < kept
+        tokens.update({kept: sum(token == kept - 1 for token in found)})
+    assert tokens[1] == 80 and tokens[6] > 0 and tokens[3] > 0 and tokens[2] > 0, tokens
+
+
 FAULTS: tuple[tuple[list[float], dict[str, Any], str], ...] = (
     ([0, math.nan, 0], {}, "nan_logits"),
     ([0, INF, 0], {"temperature": 1.0, "seed": 1}, "nan_logits"),
