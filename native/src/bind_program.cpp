@@ -161,13 +161,14 @@ void bind_program(nb::module_& m) {
           },
           "norm"_a, "x"_a, "y"_a, "quantise"_a)
       .def(
-          "activate",
-          [](Builder& self, const std::string& activation, bool gated, int32_t width, int32_t x, int32_t y,
-             bool quantise) {
-            return self.add(
-                std::make_unique<ActivateRows>(activation_named(activation), gated, width, x, y, quantise));
+          "mlp_inner",
+          [](Builder& self, std::vector<LinearPtr> layers, const std::string& activation, int32_t x, int32_t inner,
+             int32_t y, bool quantise) {
+            return self.add(std::make_unique<MlpInner>(std::move(layers), activation_named(activation), x, inner, y,
+                                                       quantise),
+                            3);
           },
-          "activation"_a, "gated"_a, "width"_a, "x"_a, "y"_a, "quantise"_a)
+          "layers"_a, "activation"_a, "x"_a, "inner"_a, "y"_a, "quantise"_a)
       .def(
           "add_rows",
           [](Builder& self, float scale, int32_t x, int32_t y) {

@@ -41,7 +41,7 @@ std::vector<uint8_t> quantise(const Kernels& kernels, const Floats2& x) {
   if (width % kGroup) throw std::invalid_argument("only whole groups are quantised");
   std::vector<uint8_t> data(static_cast<size_t>(kGroupBytes) * x.shape(0) * x.shape(1) / kGroup);
   for (int32_t i = 0; i < rows; ++i) {
-    kernels.quantise_row(x.data() + static_cast<size_t>(i) * x.shape(1), {data.data(), rows, width}, i);
+    kernels.quantise_row(x.data() + static_cast<size_t>(i) * x.shape(1), {data.data(), rows, width}, i, 0, width / kGroup);
   }
   return data;
 }

@@ -73,6 +73,9 @@ static constexpr int32_t group_header_bytes(Scales scales) {
   return scales == Scales::k4 || scales == Scales::k6 ? 32 : 0;
 }
 
+// Tokens that meet a panel before the next panel comes: whole tiles on every machine.
+constexpr int32_t kTokens = 120;
+
 enum class Store : int32_t {
   put,  // y = x wᵀ + bias
   add   // y += scale × (x wᵀ + bias)

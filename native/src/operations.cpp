@@ -7,6 +7,8 @@ namespace headrace {
 
 namespace {
 
+constexpr int32_t kPair = 2 * kPanel;
+
 int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Panels that make an item. With few tokens a product is a matter of reading weights, and a thread reads fastest what
@@ -45,7 +47,8 @@ void RowOperation::run(const Step& step, Workspace& workspace, int32_t, int64_t 
   for (int64_t i = item * kRows; i < stop; ++i) {
     row(workspace, i);
     if (quantise_ >= 0) {
-      workspace.kernels().quantise_row(workspace.row(quantise_, i), workspace.quantised(quantise_, 0, step.tokens), i);
+      const QuantRows rows = workspace.quantised(quantise_, 0, step.tokens);
+      workspace.kernels().quantise_row(workspace.row(quantise_, i), rows, i, 0, rows.width / kGroup);
     }
   }
 }
@@ -131,6 +134,84 @@ void Product::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
     }
     begin -= panels;
     end -= panels;
+  }
+}
+
+// ---------------------------------------------------------------- the first half of an MLP
+
+MlpInner::MlpInner(std::vector<std::shared_ptr<Linear>> layers, Activation activation, int32_t x, int32_t inner,
+                   int32_t y, bool quantise)
+    : layers_(layers),
+      activation_(activation),
+      x_(x),
+      y_(y),
+      quantise_(quantise),
+      width_(layers.front()->weight->weight.rows),
+      product_(layers, x, inner, Store::put, 1.0f),
+      activate_(activation, layers.size() == 2, width_, inner, y, quantise) {}
+
+// Of an item: pairs, whose columns are a group of what is quantised.
+int32_t MlpInner::panels(const Step& step, const Workspace& workspace) const {
+  const int32_t size = panels_an_item(static_cast<int32_t>(pieces(width_, kPanel)), step.tokens, workspace);
+  return size + size % 2;
+}
+
+int64_t MlpInner::items(const Step& step, const Workspace& workspace, int32_t phase) const {
+  if (step.adapters != nullptr) {
+    return phase < 2 ? product_.items(step, workspace, phase) : activate_.items(step, workspace, 0);
+  }
+  return pieces(width_, kPanel * panels(step, workspace));
+}
+
+void MlpInner::run(const Step& step, Workspace& workspace, int32_t phase, int64_t item, int32_t thread) const {
+  if (step.adapters != nullptr) {
+    if (phase < 2) return product_.run(step, workspace, phase, item, thread);
+    return activate_.run(step, workspace, 0, item, thread);
+  }
+  const int32_t size = kPanel * panels(step, workspace);
+  const int32_t begin = static_cast<int32_t>(item) * size, end = std::min(width_, begin + size);
+  for (int32_t token = 0; token < step.tokens; token += kTokens) {
+    const int32_t count = std::min(kTokens, step.tokens - token);
+    const int32_t columns = kTokens / count * kPair;  // as many as the scratch holds
+    for (int32_t column = begin; column < end; column += columns) {
+      part(step, workspace, token, count, column, std::min(columns, end - column));
+    }
+  }
+}
+
+// Columns [column, column + columns) for tokens [token, token + count).
+void MlpInner::part(const Step& step, Workspace& workspace, int32_t token, int32_t count, int32_t column,
+                    int32_t columns) const {
+  const Kernels& kernels = workspace.kernels();
+  alignas(64) float halves[2][kTokens * kPair];
+  const QuantRows all = workspace.quantised(x_, 0, step.tokens);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Linear& layer = *layers_[i];
+    Weight weight = layer.weight->weight;
+    weight.data += column / kPanel * weight.panel_bytes;
+    weight.rows = columns;
+    const LinearArgs args{
+        .weight = &weight,
+        .bias = layer.bias.empty() ? nullptr : layer.bias.data() + column,
+        .x = workspace.row(x_, token),
+        .x_stride = workspace.stride(x_),
+        .quantised = {all.data + kGroupBytes * (all.width / kGroup) * token, count, all.width},
+        .y = halves[i],
+        .y_stride = columns,
+        .tokens = count,
+        .store = Store::put,
+        .scale = 1.0f,
+    };
+    kernels.linear(args, 0, static_cast<int32_t>(pieces(columns, kPanel)));
+  }
+  const QuantRows quantised = workspace.quantised(y_, 0, step.tokens);
+  for (int32_t i = 0; i < count; ++i) {
+    float* gate = halves[0] + i * columns;
+    const float* up = layers_.size() == 2 ? halves[1] + i * columns : nullptr;
+    kernels.activate_row(activation_, gate, up, columns, quantise_ ? gate : workspace.row(y_, token + i) + column);
+    if (quantise_) {
+      kernels.quantise_row(gate, quantised, token + i, column / kGroup, (column + columns) / kGroup);
+    }
   }
 }
 
@@ -314,8 +395,8 @@ void Experts::run(const Step& step, Workspace& workspace, int32_t phase, int64_t
   const auto quantise = [&](int32_t buffer, int64_t row) {
     const auto expert = static_cast<size_t>(state.expert[static_cast<size_t>(row)]);
     const int32_t first = state.starts[expert];
-    kernels.quantise_row(workspace.row(buffer, row), workspace.quantised(buffer, first, state.starts[expert + 1] - first),
-                         row - first);
+    const QuantRows rows = workspace.quantised(buffer, first, state.starts[expert + 1] - first);
+    kernels.quantise_row(workspace.row(buffer, row), rows, row - first, 0, rows.width / kGroup);
   };
   switch (phase) {
     case 0: return route(step, workspace, item);

@@ -158,6 +158,30 @@ class Product : public Operation {
   int32_t panels_ = 0;
 };
 
+// y = act(x wᵀ + bias), × (x wᵀ + bias) of a second layer where there are two. What lies between stays in the cache,
+// unless adapters have to be added to it: then it goes through the buffer `inner`.
+class MlpInner : public Operation {
+ public:
+  // `quantise`: y holds the answer as int8 only.
+  MlpInner(std::vector<std::shared_ptr<Linear>> layers, Activation activation, int32_t x, int32_t inner, int32_t y,
+           bool quantise);
+  int32_t phases(const Step& step) const override { return step.adapters != nullptr ? 3 : 1; }
+  int64_t items(const Step&, const Workspace&, int32_t phase) const override;
+  void run(const Step&, Workspace&, int32_t phase, int64_t item, int32_t thread) const override;
+
+ private:
+  int32_t panels(const Step&, const Workspace&) const;
+  void part(const Step&, Workspace&, int32_t token, int32_t count, int32_t column, int32_t columns) const;
+
+  std::vector<std::shared_ptr<Linear>> layers_;
+  Activation activation_;
+  int32_t x_, y_;
+  bool quantise_;
+  int32_t width_;
+  Product product_;
+  ActivateRows activate_;
+};
+
 // q, k and v of one buffer: norms, rotary embedding, keys and values stored
 class Rotate : public Operation {
  public:

@@ -17,7 +17,7 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int32_t begin, int32_t end);
   void (*norm_row)(const NormArgs&, const float* x, float* y);
   void (*activate_row)(Activation, const float* gate, const float* up, int32_t width, float* y);
-  void (*quantise_row)(const float* x, const QuantRows& out, int64_t row);
+  void (*quantise_row)(const float* x, const QuantRows& out, int64_t row, int32_t begin, int32_t end);
   void (*add_row)(const float* x, float scale, int32_t width, float* y);
   void (*scale_row)(float scale, float cap, int32_t width, float* x);
   void (*rotate_and_store)(const RotateArgs&, int32_t begin, int32_t end);

@@ -553,11 +553,10 @@ inline void attend_part(Meeting m, const AttentionItem& item, const AttentionWor
   __atomic_store_n(&split.remaining, split.parts, __ATOMIC_RELEASE);
 }
 
-// Reads a run of memory once, in order, so that what follows finds it in the cache.
-inline F32 read_through(const void* run, int64_t bytes, F32 total) {
-  const char* at = static_cast<const char*>(run);
-  for (int64_t i = 0; i + 64 <= bytes; i += 64) total = add(total, load(reinterpret_cast<const float*>(at + i)));
-  return total;
+// Reads a run of memory once, in order, so that what follows finds it in the cache: a load a line, of which none waits for
+// another.
+inline void read_through(const uint8_t* run, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(*static_cast<const volatile uint8_t*>(run + i));
 }
 
 // With few queries an item waits for memory: its blocks lie anywhere, and it goes through them head by head, keys and
@@ -569,14 +568,10 @@ inline void read_blocks(const Meeting& m, const AttentionItem& item) {
   const int64_t keys = each * item.kv_heads * kv.head_dim * padded_block(kv);
   const int64_t values = each * item.kv_heads * padded_dim(kv) * padded_block(kv);
   const int32_t end = item.end_segment * kSegment < m.position + 1 ? item.end_segment * kSegment : m.position + 1;
-  F32 total = splat(0.0f);
   for (int32_t b = item.first_segment * kSegment / kv.block_size; b * kv.block_size < end; ++b) {
-    total = read_through(kv.keys + each * key_place(kv, m.blocks[b], item.kv_head), keys, total);
-    total = read_through(kv.values + each * value_place(kv, m.blocks[b], item.kv_head), values, total);
+    read_through(kv.keys + each * key_place(kv, m.blocks[b], item.kv_head), keys);
+    read_through(kv.values + each * value_place(kv, m.blocks[b], item.kv_head), values);
   }
-  float lanes[kLanes];
-  store(lanes, total);
-  asm volatile("" : : "r"(lanes) : "memory");  // or the compiler would see that nobody needs it
 }
 
 // Items [begin, end) of the plan for these arguments; any thread may take any of them, in any order, each once.

@@ -14,7 +14,6 @@
 
 namespace headrace::HEADRACE_ISA {
 
-constexpr int32_t kTokens = 120;   // tokens that meet a panel before the next panel comes: whole tiles
 constexpr int32_t kColumns = 256;  // columns of plain numbers that meet them at a time
 
 constexpr bool has_minimum(Scales scales) {

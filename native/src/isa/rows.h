@@ -104,16 +104,16 @@ inline void activate_row(Activation activation, const float* gate, const float* 
 
 // ---------------------------------------------------------------- rows as int8
 
-// Row `row` of `out` from x. The scale of a group is its largest |x| / 127; under 2^-100 the group counts as zero. A
-// value that is not finite makes the scale NaN.
-inline void quantise_row(const float* x, const QuantRows& out, int64_t row) {
+// Groups [begin, end) of row `row` of `out`; x: their values. The scale of a group is its largest |x| / 127; under
+// 2^-100 the group counts as zero. A value that is not finite makes the scale NaN.
+inline void quantise_row(const float* x, const QuantRows& out, int64_t row, int32_t begin, int32_t end) {
   const int32_t groups = out.width / kGroup;
   const int32_t lane = static_cast<int32_t>(row % kTile);
   const int64_t first = row - lane;
   const int32_t lanes = static_cast<int32_t>(out.rows - first < kTile ? out.rows - first : kTile);
-  uint8_t* at = out.data + kGroupBytes * groups * first + 4 * lane;
-  for (int32_t g = 0; g < groups; ++g, at += kGroupBytes * lanes) {
-    const F32 a = load(x + kGroup * g), b = load(x + kGroup * g + kLanes);
+  uint8_t* at = out.data + kGroupBytes * (groups * first + lanes * begin) + 4 * lane;
+  for (int32_t g = begin; g < end; ++g, at += kGroupBytes * lanes, x += kGroup) {
+    const F32 a = load(x), b = load(x + kLanes);
     const float peak = largest(max(abs(a), abs(b)));
     const float nothing = sum(add(mul(a, splat(0.0f)), mul(b, splat(0.0f))));
     const bool tiny = !(peak >= 0x1p-100f);

@@ -168,9 +168,11 @@ class _Compiler:
         """-> the buffer of what the MLP's first half gives."""
         rows = self._buffer("inner", spec.intermediate * len(inner))
         activated = self._buffer("activated", spec.intermediate)
-        self._product(index, "mlp.gate, up" if spec.gated else "mlp.up", inner, normed, rows)
-        self._program.activate(spec.activation, spec.gated, spec.intermediate, rows, activated, quantise)
-        self._line(f"{index} {spec.activation}", f"{spec.intermediate}")
+        self._program.mlp_inner(inner, spec.activation, normed, rows, activated, quantise)
+        if spec.gated:
+            self._linear_line(index, f"mlp.gate, up, {spec.activation}", ("mlp.gate", "mlp.up"))
+        else:
+            self._linear_line(index, f"mlp.up, {spec.activation}", ("mlp.up",))
         return activated
 
     def _inner(self, index: int, part: str, spec: MlpSpec, width: int) -> list[_kernels.Linear]:
@@ -248,7 +250,9 @@ class _Compiler:
         scale: float = 1.0,
     ) -> None:
         self._program.product(layers, x, y, add, scale)
-        parts = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate, up": ("mlp.gate", "mlp.up")}.get(name, (name,))
+        self._linear_line(index, name, ("attn.q", "attn.k", "attn.v") if name == "attn.qkv" else (name,))
+
+    def _linear_line(self, index: int, name: str, parts: Sequence[str]) -> None:
         names = [name_in_layer(index, part) for part in parts]
         rows, columns = sum(self._shapes[one][0] for one in names), self._shapes[names[0]][1]
         self._line(f"{index} {name}", f"{rows} × {columns}", sum(self._nbytes[one] for one in names), self._kind(names))
