@@ -198,6 +198,17 @@ def test_more_threads_share_the_work_and_change_nothing(open_as: Callable[..., D
         assert np.array_equal(all_logits(one, tokens), all_logits(three, tokens))
 
 
+@pytest.mark.parametrize("name", ["float32", "q4_1", "packed and plain"])
+@pytest.mark.parametrize("isa", SETS)
+def test_a_long_prompt_at_once_and_in_pieces(name: str, isa: str, open_as: Callable[..., Driver]) -> None:
+    """More tokens than meet a panel at a time (120), and pieces of every kind: one item a thread, two, or many."""
+    driver = open_as(name, backend=backend_module.NativeBackend(isa), threads=3)
+    prompt = [token % POISON for token in prompt_of(250, 3)]
+    whole = all_logits(driver, prompt)
+    for chunk in (249, 121, 40, 13, 3):
+        assert all_logits(driver, prompt, chunk).tobytes() == whole.tobytes(), chunk
+
+
 def test_steps_of_two_backends_at_once(open_as: Callable[..., Driver]) -> None:
     """Each has its workspace and its threads."""
     drivers = [open_as("q4_1", threads=2), open_as("q4_1", threads=2), open_as("int8", threads=1)]
