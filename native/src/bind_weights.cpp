@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <span>
 #include <stdexcept>
 
 #include "bindings.h"
@@ -19,6 +20,8 @@ namespace {
 using Bytes2 = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Mapped = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
 
 using WeightPtr = std::shared_ptr<PackedWeight>;
@@ -67,10 +70,20 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> unpack(const PackedWeight& packed) {
   return nb::ndarray<nb::numpy, float, nb::ndim<2>>(values, {rows, columns}, owner);
 }
 
+void finish(Packer& packer) {
+  {
+    nb::gil_scoped_release free;
+    packer.finish();
+  }
+  packer.let_go();
+}
+
 }  // namespace
 
 void bind_weights(nb::module_& m) {
-  nb::class_<Packer>(m, "Packer", "Threads that pack weights, and the memory of these.").def(nb::init<int32_t>(), nb::arg("threads"));
+  nb::class_<Packer>(m, "Packer", "Threads that pack weights, and the memory of these.")
+      .def(nb::init<int32_t>(), nb::arg("threads"))
+      .def("finish", &finish, "Returns when all is packed.");
   nb::class_<PackedWeight>(m, "Weight", "A weight in the layout that products read.")
       .def_prop_ro("rows", [](const PackedWeight& w) { return w.weight.rows; })
       .def_prop_ro("columns", [](const PackedWeight& w) { return w.weight.columns; })
@@ -93,15 +106,29 @@ void bind_weights(nb::module_& m) {
       "(N, K) f32, f16 or bf16 (uint16) numbers, kept as `target`.");
   m.def(
       "pack_blocks",
-      [](Packer& packer, const std::string& scheme, const std::vector<AnyArray>& arrays, int32_t rows,
-         int32_t columns) {
+      [](Packer& packer, const std::string& scheme, const std::vector<AnyArray>& arrays, int32_t rows, int32_t columns,
+         const std::optional<Indices>& order, bool behind, const std::optional<Mapped>& file) {
         std::vector<Plane> planes;
         for (const AnyArray& array : arrays) planes.push_back(plane_of(array));
-        nb::gil_scoped_release free;
-        return WeightPtr(pack_blocks(packer, scheme, planes, rows, columns));
+        std::vector<int64_t> from;
+        if (order) from.assign(order->data(), order->data() + order->shape(0));
+        const std::span<const uint8_t> whole(file ? file->data() : nullptr, file ? file->shape(0) : 0);
+        // Until the work is done, whatever becomes of the caller.
+        packer.hold(std::make_shared<const std::vector<AnyArray>>(arrays));
+        WeightPtr packed;
+        {
+          nb::gil_scoped_release free;
+          packed = pack_blocks(packer, scheme, planes, from, rows, columns, whole);
+        }
+        if (!behind) finish(packer);
+        return packed;
       },
       nb::arg("packer"), nb::arg("scheme"), nb::arg("planes"), nb::arg("rows"), nb::arg("columns"),
-      "A GGUF tensor by its planes, in the order of the scheme's record; None where there is no kernel for it.");
+      nb::arg("order").none() = nb::none(), nb::arg("behind") = false, nb::arg("file").none() = nb::none(),
+      "A GGUF tensor by its planes, in the order of the scheme's record; None where there is no kernel for it. "
+      "`order`: the stored row that each row is, or None. `behind`: the packer goes on with it behind the caller; the "
+      "planes must stay as they are until finish(). `file`: all of the file, mapped to be read, that they are views of: "
+      "its pages are given back as they are packed.");
   m.def(
       "pack_scaled",
       [](Packer& packer, int32_t bits, const Bytes2& codes, const Floats2& scales,

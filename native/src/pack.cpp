@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -97,34 +98,42 @@ void put_codes(Codes codes, uint8_t* at, int32_t lane, const std::array<uint8_t,
   }
 }
 
+// Adds the work on a weight's panels, whose memory stays until that is done.
+void add_panels(Packer& packer, const PackedWeight& packed, std::function<void(int64_t panel, uint8_t* out)> work,
+                std::function<void()> last = {}) {
+  const auto part = [piece = packed.bytes, out = packed.weight.data, bytes = packed.weight.panel_bytes,
+                     work = std::move(work)](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) work(panel, const_cast<uint8_t*>(out) + panel * bytes);
+  };
+  packer.add(panels_of(packed.weight.rows), 4, packed.bytes.size(), part, std::move(last));
+}
+
 // Rows beyond the last are zeros: their scales are.
-void fill(Packer& packer, PackedWeight& packed, const ReadGroup& read) {
-  const Weight& weight = packed.weight;
-  const int32_t groups = weight.columns / kGroup;
-  const int64_t each = group_header_bytes(weight.scales) + code_bytes(weight.codes);
-  parallel_for(packer.threads, panels_of(weight.rows), 4, [&](int64_t begin, int64_t end, int32_t) {
+void fill(Packer& packer, const PackedWeight& packed, const ReadGroup& read, std::function<void()> last = {}) {
+  const auto work = [weight = packed.weight, read](int64_t panel, uint8_t* at) {
+    const int32_t groups = weight.columns / kGroup;
+    const int64_t each = group_header_bytes(weight.scales) + code_bytes(weight.codes);
+    const int32_t first = static_cast<int32_t>(panel) * kPanel;
+    const int32_t lanes = std::min(kPanel, weight.rows - first);
     Group group{};
-    for (int64_t panel = begin; panel < end; ++panel) {
-      uint8_t* at = packed.bytes.data() + panel * weight.panel_bytes;
-      const int32_t lanes = std::min<int32_t>(kPanel, weight.rows - static_cast<int32_t>(panel) * kPanel);
-      for (int32_t start = 0; start < groups; start += weight.groups) {
-        uint8_t* header = at;
-        at += header_bytes(weight.scales);
-        const int32_t stop = std::min(groups, start + weight.groups);
-        for (int32_t g = start; g < stop; ++g, at += each) {
-          for (int32_t lane = 0; lane < lanes; ++lane) {
-            read(static_cast<int32_t>(panel) * kPanel + lane, g, group);
-            if (g == start) put_header(weight.scales, header, lane, group);
-            if (group_header_bytes(weight.scales)) {
-              at[lane] = group.own[0];
-              at[kPanel + lane] = group.own[1];
-            }
-            put_codes(weight.codes, at + group_header_bytes(weight.scales), lane, group.codes);
+    for (int32_t start = 0; start < groups; start += weight.groups) {
+      uint8_t* header = at;
+      at += header_bytes(weight.scales);
+      const int32_t stop = std::min(groups, start + weight.groups);
+      for (int32_t g = start; g < stop; ++g, at += each) {
+        for (int32_t lane = 0; lane < lanes; ++lane) {
+          read(first + lane, g, group);
+          if (g == start) put_header(weight.scales, header, lane, group);
+          if (group_header_bytes(weight.scales)) {
+            at[lane] = group.own[0];
+            at[kPanel + lane] = group.own[1];
           }
+          put_codes(weight.codes, at + group_header_bytes(weight.scales), lane, group.codes);
         }
       }
     }
-  });
+  };
+  add_panels(packer, packed, work, std::move(last));
 }
 
 // ---------------------------------------------------------------- GGUF
@@ -256,6 +265,62 @@ ReadGroup reader(const std::string& scheme, const std::vector<Plane>& p) {
   };
 }
 
+int32_t stored_row(const std::vector<int64_t>& order, int32_t row) {
+  return order.empty() ? row : static_cast<int32_t>(order[static_cast<size_t>(row)]);
+}
+
+// q4_0, q4_1 and q8_0: scales and codes lie as panels hold them (q8_0's but for the sign), four codes a word;
+// only their order is another. As `fill`, but words are moved as they are.
+void fill_words(Packer& packer, const PackedWeight& packed, const std::vector<Plane>& planes,
+                const std::vector<int64_t>& order, std::function<void()> last) {
+  const auto work = [weight = packed.weight, planes, order](int64_t panel, uint8_t* out) {
+    const Plane& codes = planes.back();
+    const size_t halves = planes.size() - 1;
+    const int32_t steps = code_bytes(weight.codes) / (4 * kPanel);
+    const uint32_t flip = weight.codes == Codes::q8 ? 0x80808080u : 0;
+    const int32_t first = static_cast<int32_t>(panel) * kPanel;
+    const int32_t lanes = std::min(kPanel, weight.rows - first);
+    std::array<int32_t, kPanel> row;
+    for (int32_t lane = 0; lane < lanes; ++lane) row[lane] = stored_row(order, first + lane);
+    for (int32_t g = 0; g < weight.columns / kGroup; ++g) {
+      for (size_t h = 0; h < halves; ++h, out += 2 * kPanel) {
+        for (int32_t lane = 0; lane < lanes; ++lane) put_half(out, lane, half_at(planes[h], row[lane], g));
+      }
+      for (int32_t lane = 0; lane < lanes; ++lane) {
+        const uint8_t* from = at(codes, row[lane], g);
+        for (int32_t step = 0; step < steps; ++step) {
+          uint32_t word;
+          std::memcpy(&word, from + 4 * step, sizeof word);
+          word ^= flip;
+          std::memcpy(out + 4 * kPanel * step + 4 * lane, &word, sizeof word);
+        }
+      }
+      out += code_bytes(weight.codes);
+    }
+  };
+  add_panels(packer, packed, work, std::move(last));
+}
+
+// The pages of a file in which these planes lie, with those around them that the system maps at the same time: who asks
+// for them gets them again.
+void give_back(const std::vector<Plane>& planes, std::span<const uint8_t> file) {
+  constexpr uintptr_t kAround = 1 << 16;
+  const auto start = reinterpret_cast<uintptr_t>(file.data());  // of a page: the file is mapped from its first byte
+  uintptr_t begin = UINTPTR_MAX, end = 0;
+  for (const Plane& plane : planes) {
+    if (plane.rows == 0 || plane.groups == 0) return;
+    const auto first = reinterpret_cast<uintptr_t>(plane.data);
+    const int64_t size = (plane.rows - 1) * plane.row_stride + (plane.groups - 1) * plane.group_stride + plane.bytes;
+    begin = std::min(begin, first);
+    end = std::max(end, first + static_cast<uintptr_t>(size));
+  }
+  if (begin < start || end > start + file.size()) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  begin = std::max(start, begin - std::min(begin, kAround)) / page * page;
+  end = std::min(start + file.size(), end + kAround);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 // ---------------------------------------------------------------- rounding
 
 constexpr float kMostHalf = 65504.0f;
@@ -354,50 +419,125 @@ Piece Packer::take(int64_t size) {
   return piece;
 }
 
+// ---------------------------------------------------------------- threads
+
+Packer::Packer(int32_t threads) {
+  for (int32_t thread = 1; thread < threads; ++thread) workers_.emplace_back([this] { serve(); });
+}
+
+Packer::~Packer() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+    queue_.clear();
+  }
+  added_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Packer::add(int64_t count, int64_t grain, int64_t size, Work work, std::function<void()> last) {
+  if (count == 0) return;
+  auto task = std::make_shared<Task>(Task{count, grain, size, std::move(work), std::move(last)});
+  std::unique_lock lock(mutex_);
+  queue_.push_back(std::move(task));
+  waiting_ += size;
+  added_.notify_all();
+  while (waiting_ > kMostBehind && step(lock)) {
+  }
+}
+
+void Packer::finish() {
+  std::unique_lock lock(mutex_);
+  while (step(lock)) {
+  }
+  done_.wait(lock, [this] { return waiting_ == 0; });
+}
+
+// Does the next part, if there is one, without the lock.
+bool Packer::step(std::unique_lock<std::mutex>& lock) {
+  if (queue_.empty()) return false;
+  const std::shared_ptr<Task> task = queue_.front();
+  const int64_t begin = task->next, end = std::min(task->count, begin + task->grain);
+  task->next = end;
+  if (end == task->count) queue_.pop_front();
+  lock.unlock();
+  task->work(begin, end);
+  lock.lock();
+  task->done += end - begin;
+  if (task->done < task->count) return true;
+  if (task->last) {
+    lock.unlock();
+    task->last();
+    lock.lock();
+  }
+  waiting_ -= task->size;
+  if (waiting_ == 0) done_.notify_all();
+  return true;
+}
+
+void Packer::serve() {
+  std::unique_lock lock(mutex_);
+  while (!ending_) {
+    if (!step(lock)) added_.wait(lock, [this] { return ending_ || !queue_.empty(); });
+  }
+}
+
 // ---------------------------------------------------------------- packing
 
 std::unique_ptr<PackedWeight> pack_numbers(Packer& packer, Codes from, Codes to, Plane data, int32_t rows,
                                            int32_t columns) {
   auto packed = make(packer, Weight{nullptr, 0, rows, columns, to, Scales::none, 1, 0}, from == to ? "" : "rounded");
   const int64_t in_bytes = number_bytes(from), out_bytes = number_bytes(to);
-  parallel_for(packer.threads, panels_of(rows), 1, [&](int64_t begin, int64_t end, int32_t) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      uint8_t* out = packed->bytes.data() + panel * packed->weight.panel_bytes;
-      const int32_t lanes = std::min<int32_t>(kPanel, rows - static_cast<int32_t>(panel) * kPanel);
-      for (int32_t lane = 0; lane < lanes; ++lane) {
-        const uint8_t* row = data.data + (panel * kPanel + lane) * data.row_stride;
-        for (int32_t k = 0; k < columns; ++k) {
-          uint8_t* place = out + out_bytes * (static_cast<int64_t>(kPanel) * k + lane);
-          if (from == to) {
-            std::memcpy(place, row + in_bytes * k, static_cast<size_t>(out_bytes));
-            continue;
-          }
-          const float x = number(from, row + in_bytes * k);
-          const uint16_t bits = to == Codes::f16 ? half_bits(x) : bf16_bits(x);
-          if (to == Codes::f32) {
-            std::memcpy(place, &x, sizeof x);
-          } else {
-            std::memcpy(place, &bits, sizeof bits);
-          }
+  add_panels(packer, *packed, [=](int64_t panel, uint8_t* out) {
+    const int32_t lanes = std::min<int32_t>(kPanel, rows - static_cast<int32_t>(panel) * kPanel);
+    for (int32_t lane = 0; lane < lanes; ++lane) {
+      const uint8_t* row = data.data + (panel * kPanel + lane) * data.row_stride;
+      for (int32_t k = 0; k < columns; ++k) {
+        uint8_t* place = out + out_bytes * (static_cast<int64_t>(kPanel) * k + lane);
+        if (from == to) {
+          std::memcpy(place, row + in_bytes * k, static_cast<size_t>(out_bytes));
+          continue;
+        }
+        const float x = number(from, row + in_bytes * k);
+        const uint16_t bits = to == Codes::f16 ? half_bits(x) : bf16_bits(x);
+        if (to == Codes::f32) {
+          std::memcpy(place, &x, sizeof x);
+        } else {
+          std::memcpy(place, &bits, sizeof bits);
         }
       }
     }
   });
+  packer.finish();
   return packed;
 }
 
-std::unique_ptr<PackedWeight> pack_blocks(Packer& packer, const std::string& scheme,
-                                          const std::vector<Plane>& planes, int32_t rows, int32_t columns) {
+std::unique_ptr<PackedWeight> pack_blocks(Packer& packer, const std::string& scheme, const std::vector<Plane>& planes,
+                                          const std::vector<int64_t>& order, int32_t rows, int32_t columns,
+                                          std::span<const uint8_t> file) {
   const std::optional<Kind> kind = kind_of(scheme);
   if (!kind || columns % kind->block) return nullptr;
-  bool fits = planes.size() == kind->record.size();
+  const int64_t stored = planes.empty() ? 0 : planes[0].rows;
+  const int64_t found = order.empty() ? stored : static_cast<int64_t>(order.size());
+  bool fits = planes.size() == kind->record.size() && found == rows;
   for (size_t i = 0; fits && i < planes.size(); ++i) {
-    fits = planes[i].rows == rows && planes[i].groups == columns / kind->block && planes[i].bytes == kind->record[i];
+    fits = planes[i].rows == stored && planes[i].groups == columns / kind->block && planes[i].bytes == kind->record[i];
   }
+  for (const int64_t row : order) fits = fits && 0 <= row && row < stored;
   if (!fits) throw std::invalid_argument("these are not the planes of a " + scheme + " tensor of this shape");
   auto packed =
       make(packer, Weight{nullptr, 0, rows, columns, kind->codes, kind->scales, kind->block / kGroup, kind->zero}, scheme);
-  fill(packer, *packed, reader(scheme, planes));
+  std::function<void()> last;
+  if (!file.empty()) last = [planes, file] { give_back(planes, file); };
+  if (scheme == "q4_0" || scheme == "q4_1" || scheme == "q8_0") {
+    fill_words(packer, *packed, planes, order, std::move(last));
+    return packed;
+  }
+  ReadGroup read = reader(scheme, planes);
+  if (!order.empty()) {
+    read = [read, order](int32_t n, int32_t g, Group& out) { read(stored_row(order, n), g, out); };
+  }
+  fill(packer, *packed, read, std::move(last));
   return packed;
 }
 
@@ -415,6 +555,7 @@ std::unique_ptr<PackedWeight> pack_scaled(Packer& packer, int32_t bits, const ui
     if (minima != nullptr) out.minimum = minima[place];
     std::memcpy(out.codes.data(), codes + static_cast<int64_t>(n) * columns + kGroup * g, kGroup);
   });
+  packer.finish();
   return packed;
 }
 
@@ -433,6 +574,7 @@ std::unique_ptr<PackedWeight> quantise_numbers(Packer& packer, int32_t bits, Cod
       for (int32_t i = 0; i < kGroup; ++i) x[i] = number(from, row + bytes * i);
       if (!round_group(x, eight, single, out)) fits.store(false, std::memory_order_relaxed);
     });
+    packer.finish();
     return fits ? std::move(packed) : nullptr;
   };
   auto packed = rounded(false);

@@ -12,13 +12,18 @@
 // Codes are unsigned; `zero` says which one means 0 where there is no minimum.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <memory>
+#include <mutex>
+#include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
-#include "pool.h"
 
 namespace headrace {
 
@@ -54,16 +59,51 @@ class Piece {
 
 // Threads that pack, and the memory they pack into: weights lie one behind the other in large chunks, so that even
 // small ones get huge pages, and reading one weight runs into the next.
+//
+// Work may go on behind its caller, on all threads but one; whoever waits for it takes part.
 class Packer {
  public:
-  explicit Packer(int32_t threads) : threads(threads) {}
+  // What is done for [begin, end) of a count. Throws nothing.
+  using Work = std::function<void(int64_t begin, int64_t end)>;
+
+  explicit Packer(int32_t threads);
+  ~Packer();  // forgets what has not begun
+  Packer(const Packer&) = delete;
+  Packer& operator=(const Packer&) = delete;
+
   Piece take(int64_t size);
 
-  ThreadPool threads;
+  // Adds work for 0 … count, in parts of `grain`; `size`: bytes that it writes; `last` comes after its last part.
+  // Returns at once, but while more than `kMostBehind` bytes wait.
+  void add(int64_t count, int64_t grain, int64_t size, Work work, std::function<void()> last = {});
+  // Returns when all is done.
+  void finish();
+  // Keeps what the work reads until `let_go` or its own end. (Whose deleters may want a lock that workers have not.)
+  void hold(std::shared_ptr<const void> what) { held_.push_back(std::move(what)); }
+  void let_go() { held_.clear(); }
+
+  static constexpr int64_t kMostBehind = int64_t{128} << 20;
 
  private:
+  struct Task {
+    int64_t count, grain, size;
+    Work work;
+    std::function<void()> last;
+    int64_t next = 0, done = 0;
+  };
+  bool step(std::unique_lock<std::mutex>& lock);
+  void serve();
+
   std::shared_ptr<Bytes> chunk_;
   int64_t used_ = 0;
+  std::vector<std::shared_ptr<const void>> held_;
+
+  std::mutex mutex_;
+  std::condition_variable added_, done_;
+  std::deque<std::shared_ptr<Task>> queue_;  // those with parts that nobody has taken
+  int64_t waiting_ = 0;                      // bytes of all that is not done
+  bool ending_ = false;
+  std::vector<std::thread> workers_;
 };
 
 struct PackedWeight {
@@ -84,11 +124,15 @@ struct Plane {
 std::unique_ptr<PackedWeight> pack_numbers(Packer& packer, Codes from, Codes to, Plane data, int32_t rows,
                                            int32_t columns);
 
-// A GGUF scheme (q4_0, q4_1, q5_0, q5_1, q8_0, q3_K, q4_K, q5_K, q6_K), by its planes in the order of its record.
-// Null for a scheme that has no kernel, or a row that is not whole groups. Throws std::invalid_argument where the planes are
-// not the scheme's.
-std::unique_ptr<PackedWeight> pack_blocks(Packer& packer, const std::string& scheme,
-                                          const std::vector<Plane>& planes, int32_t rows, int32_t columns);
+// A GGUF scheme (q4_0, q4_1, q5_0, q5_1, q8_0, q3_K, q4_K, q5_K, q6_K), by its planes in the order of its record;
+// row n is row order[n] of them, or n where there is no order. Null for a scheme that has no kernel, or a row that is not whole
+// groups. Throws std::invalid_argument where planes or order are not the scheme's.
+//
+// The packer goes on with it behind the caller: the planes must stay until `packer.finish()`. `file`: all of the file,
+// mapped to be read, that they are views of (or nothing): its pages are given back once they are packed.
+std::unique_ptr<PackedWeight> pack_blocks(Packer& packer, const std::string& scheme, const std::vector<Plane>& planes,
+                                          const std::vector<int64_t>& order, int32_t rows, int32_t columns,
+                                          std::span<const uint8_t> file);
 
 // Numbers with a plane of scales: codes [row][column] 0 … 255 (bits 8) or 0 … 15 (bits 4), scales and minima
 // [row][column / group] in float32; minima may be null, then `zero` is what means 0. group: a multiple of 32.

@@ -17,15 +17,9 @@ from safetensors.torch import save_file
 
 from headrace.core.errors import CheckpointError, ModelNotFound, UnsupportedModel
 from headrace.weights import checkpoint as module
-from headrace.weights.checkpoint import (
-    INDEX,
-    SINGLE,
-    FolderCheckpoint,
-    GGUFCheckpoint,
-    locate,
-    open_checkpoint,
-    read_json,
-)
+from headrace.weights.checkpoint import GGUFCheckpoint, locate, open_checkpoint, read_json
+from headrace.weights.folder import FolderCheckpoint
+from headrace.weights.hub import INDEX, SINGLE
 
 CONFIG = '{"model_type": "llama", "rms_norm_eps": 1e-5}'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -181,6 +181,20 @@ def test_version_2_and_the_least_file(tmp_path: Path) -> None:
     assert file.metadata == {"a": 7} and file.tensor("w").dequantise().tolist() == [0] * 4
     empty = GGUFFile(write(tmp_path, file_of()))
     assert empty.names == () and empty.metadata == {} and empty.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [[], [""], ["", "", ""], ["a", "", "ĠbÄ 漢 😀"], ["a\0b", "\0", "c"], ["x" * 300, "\0" * 9, "é"]],
+    ids=["none", "empty", "all empty", "mixed", "with zeros", "long"],
+)
+def test_strings_are_read_as_they_are(tmp_path: Path, strings: list[str]) -> None:
+    values = b"".join(text(one) for one in strings)
+    file = GGUFFile(write(tmp_path, file_of(keys=(key("s", ARRAY, array_of(STRING, len(strings), values)),))))
+    found = file.metadata["s"]
+    assert found == strings
+    assert isinstance(found, Sequence) and len(found) == len(strings) and list(found) == strings
+    assert [found[i] for i in range(len(strings))] == strings and found[1:] == strings[1:]
 
 
 def test_order_is_the_files_and_gaps_are_allowed(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Capacity, StepPlan, StepResult
 from headrace.parallel.mesh import Mesh
-from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from headrace.weights.lora import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Gives everything back; further calls are errors."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A backend whose load can begin early."""
+
+    def begin(
+        self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
+    ) -> None:
+        """Starts on a load, as far as nothing need be waited for; `load`, with the same arguments, does the rest.
+
+        Raises what `load` does.
+        """

@@ -18,6 +18,7 @@ from headrace.cli.console import (
     Style,
     Wrapper,
     columns,
+    import_numpy,
     load_line_shown,
     printable,
     quiet_keys,
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise InputFileError("stdin is closed, allowed: a terminal or a pipe")
 
+    import_numpy(os.environ)
     from headrace.cli.conversation import Conversation, check_can_talk
     from headrace.engine.model import OpenModel
     from headrace.engine.progress import loading
@@ -91,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Nobody else will join the batch: the KV cache needs to hold one conversation.
         opened = OpenModel(EngineConfig(**given(arguments, EngineConfig), max_num_seqs=1))
         with closing(opened):
+            opened.begin()
             check_can_talk(opened, arguments.system)
             with loading(load_line_shown(os.environ)) as on_progress:
                 core, _ = opened.start(on_progress)

@@ -11,8 +11,9 @@ import stat
 import sys
 import termios
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -255,3 +256,17 @@ def print_notes(checkpoint: Checkpoint) -> None:
 def load_line_shown(environ: Mapping[str, str]) -> bool:
     """Whether stderr can show the line of `engine.progress.loading`."""
     return obeys_codes(sys.stderr, environ)
+
+
+def import_numpy(environ: MutableMapping[str, str]) -> None:
+    """Imports numpy without the threads of its matrix library, for which headrace has no product: one for each core,
+    they spin for some 30 ms, on the cores that are to read the model."""
+    name = "OPENBLAS_NUM_THREADS"
+    if name in environ:
+        return
+    environ[name] = "1"
+    try:
+        import_module("numpy")
+    finally:
+        # Other programs that this one starts are to have theirs.
+        del environ[name]

@@ -14,44 +14,76 @@ from headrace.core.types import SamplingParams
 TYPES: Mapping[str, type] = {"int": int, "int | None": int, "float": float, "str": str}
 NOT_FLAGS = frozenset({"stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_ids", "skip_special_tokens"})
 """Fields of SamplingParams that are given in a file of prompts, not on the command line."""
+CONFIGS: Mapping[str, type] = {"EngineConfig": EngineConfig, "SamplingParams": SamplingParams}
+
+
+class FieldHelp(argparse.HelpFormatter):
+    """Writes the help of fields' flags from the fields' docstrings. Only where help is shown is a source read."""
+
+    def __init__(self, prog: str, *settings: Any, **more: Any) -> None:
+        super().__init__(prog, *settings, **more)
+        self._helps: dict[str, Mapping[str, str]] = {}
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        kind, _, name = (action.help or "").partition(".")
+        if kind not in CONFIGS:
+            return action.help
+        if kind not in self._helps:
+            docs = field_docs(CONFIGS[kind])
+            self._helps[kind] = {item.name: _help(item, docs[item.name]) for item in fields(CONFIGS[kind])}
+        return self._helps[kind][name]
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """MODEL and a flag for each other field of EngineConfig."""
-    docs = field_docs(EngineConfig)
-    parser.add_argument("model", metavar="MODEL", help=docs["model"])
-    group = parser.add_argument_group("engine")
-    for item in fields(EngineConfig):
-        if item.name not in ("model", *leave_out):
-            _add(group, item, docs)
+    parser.add_argument("model", metavar="MODEL", help="EngineConfig.model")
+    _add_all(parser, "engine", EngineConfig, ("model", *leave_out))
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """A flag for each field of SamplingParams that can be a flag."""
-    docs = field_docs(SamplingParams)
-    group = parser.add_argument_group("sampling")
-    for item in fields(SamplingParams):
-        if item.name not in NOT_FLAGS and item.name not in leave_out:
-            _add(group, item, docs)
+    _add_all(parser, "sampling", SamplingParams, (*NOT_FLAGS, *leave_out))
 
 
-def _add(group: argparse._ArgumentGroup, item: Field[Any], docs: Mapping[str, str]) -> None:
+def _add_all(parser: argparse.ArgumentParser, title: str, cls: type, leave_out: tuple[str, ...]) -> None:
+    group = parser.add_argument_group(title)
+    for item in fields(cls):
+        if item.name not in leave_out:
+            _add(group, item, f"{cls.__name__}.{item.name}")
+    parser.formatter_class = FieldHelp
+
+
+def _add(group: argparse._ArgumentGroup, item: Field[Any], where: str) -> None:
+    """`where`: the field, which `FieldHelp` looks up."""
     flag = "--" + item.metadata.get("flag", item.name).replace("_", "-")
-    text = " ".join(docs[item.name].split()).replace("%", "%%")
     if item.default is False:
-        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=where)
     elif item.default is True:
         no_flag = "--no-" + item.name.replace("_", "-")
-        turned = f"Do not {text[0].lower()}{text[1:]}"
-        group.add_argument(no_flag, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=turned)
-    elif str(item.type).startswith("tuple[str, ...]"):
-        metavar, text = item.metadata.get("metavar", "TEXT"), text + " Repeatable."
-        group.add_argument(flag, dest=item.name, action="append", metavar=metavar, default=argparse.SUPPRESS, help=text)
+        group.add_argument(no_flag, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=where)
+    elif _is_list(item):
+        metavar = item.metadata.get("metavar", "TEXT")
+        group.add_argument(
+            flag, dest=item.name, action="append", metavar=metavar, default=argparse.SUPPRESS, help=where
+        )
     else:
         kind = TYPES[str(item.type)]
         metavar = {int: "N", float: "X", str: "NAME"}[kind]
-        default = "" if item.default in (None, MISSING) else f" Default: {item.default}."
-        group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text + default)
+        group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=where)
+
+
+def _is_list(item: Field[Any]) -> bool:
+    return str(item.type).startswith("tuple[str, ...]")
+
+
+def _help(item: Field[Any], doc: str) -> str:
+    text = " ".join(doc.split()).replace("%", "%%")
+    if item.default is True:
+        return f"Do not {text[0].lower()}{text[1:]}"
+    if _is_list(item):
+        return text + " Repeatable."
+    said = item.default is not False and item.default not in (None, MISSING)
+    return f"{text} Default: {item.default}." if said else text
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:

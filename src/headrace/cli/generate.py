@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.console import load_line_shown, print_notes, printable
+from headrace.cli.console import import_numpy, load_line_shown, print_notes, printable
 from headrace.cli.flags import add_engine_flags, add_sampling_flags, given
 from headrace.core import strict_json
 from headrace.core.config import EngineConfig
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not lines:
         raise InvalidParameter("prompt", None, "at least one --prompt, or a --prompt-file that is not empty")
 
+    import_numpy(os.environ)
     from headrace.engine.model import OpenModel
 
     opened = OpenModel(EngineConfig(**given(arguments, EngineConfig)))
@@ -87,6 +88,7 @@ class Job:
         from headrace.engine.answer import refused
         from headrace.sched.scheduler import SchedulerStats
 
+        self._opened.begin()
         good: list[tuple[int, tuple[int, ...], SamplingParams]] = []
         adapters: list[str] = []
         bad: list[Completion] = []

@@ -40,6 +40,7 @@ class LLM:
         return llm
 
     def _start(self, opened: OpenModel, on_progress: OnProgress | None = None) -> None:
+        opened.begin()
         core, self.load_s = opened.start(on_progress)
         self._opened = opened
         self._client: InProcessClient | None = InProcessClient(core)

@@ -5,21 +5,23 @@ Everything that can be refused is refused here, before torch is imported and wei
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from headrace.backends.base import Backend, BackendOptions
+from headrace.backends.base import Backend, BackendOptions, ReadsAhead
 from headrace.core.adapters import parse_adapters
 from headrace.core.config import EngineConfig, ResolvedConfig
-from headrace.core.errors import BackendUnavailable, InvalidParameter, RequestError
+from headrace.core.errors import BackendUnavailable, HeadraceError, InvalidParameter, RequestError
 from headrace.core.resolve import INSTALL, check_config, resolve
+from headrace.core.spec import WeightMap
 from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
 from headrace.core.validate import validate
 from headrace.engine.core import EngineCore
@@ -32,8 +34,10 @@ from headrace.sched.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
 from headrace.weights.checkpoint import Checkpoint, locate, open_checkpoint
 from headrace.weights.loader import stream
-from headrace.weights.lora import Adapter, read_adapter
 from headrace.weights.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from headrace.weights.lora import Adapter
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -53,7 +57,7 @@ def child_seed(seed: int, index: int) -> int:
 def children(sampling: SamplingParams) -> tuple[SamplingParams, ...]:
     """One SamplingParams for each of the `n` answers, with a seed wherever one will be used."""
     if sampling.temperature > 0 and sampling.seed is None:
-        sampling = replace(sampling, seed=secrets.randbits(63))
+        sampling = replace(sampling, seed=int.from_bytes(os.urandom(8), "little") >> 1)
     if sampling.n == 1:
         return (sampling,)
     seeds = [None if sampling.seed is None else child_seed(sampling.seed, index) for index in range(sampling.n)]
@@ -72,11 +76,18 @@ class OpenModel:
         self.spec = description.spec
         self._weight_map = description.weight_map
         self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware(), checkpoint.is_packed)
-        self.adapters: Mapping[str, Adapter] = {
-            name: read_adapter(name, Path(folder), self.spec, description.adapter_map)
-            for name, folder in parse_adapters(config.adapters).items()
-        }
+        self.adapters = self._read_adapters(description.adapter_map)
+        self._begun: _Load | None = None
+        self._begin_s = 0.0
         self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len, frozenset(self.adapters))
+
+    def _read_adapters(self, adapter_map: WeightMap) -> Mapping[str, Adapter]:
+        folders = parse_adapters(self.requested.adapters)
+        if not folders:
+            return {}
+        from headrace.weights.lora import read_adapter
+
+        return {name: read_adapter(name, Path(folder), self.spec, adapter_map) for name, folder in folders.items()}
 
     @cached_property
     def has_text(self) -> bool:
@@ -93,6 +104,9 @@ class OpenModel:
 
     def close(self) -> None:
         """Gives the files back, and ends what the tokenizer runs. Idempotent."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.backend.close()
         self.checkpoint.close()
         if "tokenizer" in self.__dict__:
             self.tokenizer.close()
@@ -169,15 +183,60 @@ class OpenModel:
                 raise InvalidParameter("bad_words", text, "texts of at least one token")
             yield from forms
 
+    def begin(self) -> None:
+        """Starts to load, where that goes on by itself while prompts are looked at. `start` says what is wrong."""
+        # To import torch takes seconds, and a bad prompt is to be refused at once.
+        if self._begun is not None or self.config.backend == "torch":
+            return
+        began = time.monotonic()
+        with suppress(HeadraceError):
+            _ = self._fingerprint  # before there are weights
+            load = self._make_load(self.config.backend, self._options())
+            if isinstance(load.backend, ReadsAhead):
+                load.backend.begin(self.spec, load.tensors, load.options, Mesh())
+                self._begun = load
+        self._begin_s = time.monotonic() - began
+
     def start(self, on_progress: OnProgress | None = None) -> tuple[EngineCore, float]:
-        """Loads the weights. Returns the engine and the seconds it took. Raises ModelError or EngineError."""
+        """Loads the weights. Returns the engine and the seconds that it, and `begin`, took. Raises ModelError or
+        EngineError."""
         began = time.monotonic()
         config = self.config
         arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
-        identity = f"{self.checkpoint.fingerprint()}/{arithmetic}"
+        identity = f"{self._fingerprint}/{arithmetic}"
+        backend, capacity = self.load_backend(config.backend, self._options(), on_progress)
+        cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
+        policy = parse_policy(config.policy)
+        scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
+        return EngineCore(backend, scheduler, self.limits), time.monotonic() - began + self._begin_s
+
+    def load_backend(
+        self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
+    ) -> tuple[Backend, Capacity]:
+        """A backend of its own with this model's weights and adapters. Raises ModelError or EngineError."""
+        load, self._begun = self._begun, None
+        if load is None or (load.name, load.options) != (name, options):
+            load = self._make_load(name, options)
+        load.on_progress = on_progress
+        try:
+            capacity = load.backend.load(self.spec, load.tensors, options, Mesh())
+            for adapter in self.adapters.values():
+                load.backend.load_adapter(adapter)
+            return load.backend, capacity
+        except BaseException:
+            load.backend.close()
+            raise
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        found = self.checkpoint.fingerprint()
         # It has touched every tensor; what that took is not to lie beside the weights.
         self.checkpoint.drop_pages()
-        options = BackendOptions(
+        return found
+
+    def _options(self) -> BackendOptions:
+        config = self.config
+        return BackendOptions(
             dtype=config.dtype,
             quant=config.quant,
             kv_dtype=config.kv_dtype,
@@ -188,44 +247,44 @@ class OpenModel:
             max_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
         )
-        backend, capacity = self.load_backend(config.backend, options, on_progress)
-        cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
-        policy = parse_policy(config.policy)
-        scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
-        return EngineCore(backend, scheduler, self.limits), time.monotonic() - began
 
-    def load_backend(
-        self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
-    ) -> tuple[Backend, Capacity]:
-        """A backend of its own with this model's weights and adapters. Raises ModelError or EngineError."""
+    def _make_load(self, name: str, options: BackendOptions) -> _Load:
         # Names and shapes are compared here, before a backend is imported.
-        tensors = _counted(self.checkpoint, stream(self.checkpoint, self._weight_map), on_progress)
-        backend = create_backend(name, self.config.instruction_set)
-        try:
-            capacity = backend.load(self.spec, tensors, options, Mesh())
-            for adapter in self.adapters.values():
-                backend.load_adapter(adapter)
-            return backend, capacity
-        except BaseException:
-            backend.close()
-            raise
+        tensors = stream(self.checkpoint, self._weight_map)
+        return _Load(name, options, create_backend(name, self.config.instruction_set), self.checkpoint, tensors)
 
 
-def _counted(
-    checkpoint: Checkpoint, tensors: Iterable[tuple[str, QTensor]], on_progress: OnProgress | None
-) -> Iterator[tuple[str, QTensor]]:
-    """The same tensors; each is reported once the backend has taken it, and the memory of the files is given back."""
-    done_bytes = held_bytes = 0
-    for name, tensor in tensors:
-        yield name, tensor
-        done_bytes += tensor.nbytes
-        held_bytes += tensor.nbytes
-        if held_bytes >= MOST_HELD:
-            checkpoint.drop_pages()
-            held_bytes = 0
-        if on_progress is not None:
-            on_progress(min(1.0, done_bytes / max(1, checkpoint.nbytes)))
-    checkpoint.drop_pages()
+class _Load:
+    """A load before its end: the backend, and the tensors that it has not taken yet."""
+
+    def __init__(
+        self,
+        name: str,
+        options: BackendOptions,
+        backend: Backend,
+        checkpoint: Checkpoint,
+        tensors: Iterable[tuple[str, QTensor]],
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.backend = backend
+        self.on_progress: OnProgress | None = None
+        self.tensors = self._counted(checkpoint, tensors)
+
+    def _counted(self, checkpoint: Checkpoint, tensors: Iterable[tuple[str, QTensor]]) -> Iterator[tuple[str, QTensor]]:
+        """The same tensors; each is reported once the backend has taken it, and the memory of the files is given
+        back."""
+        done_bytes = held_bytes = 0
+        for name, tensor in tensors:
+            yield name, tensor
+            done_bytes += tensor.nbytes
+            held_bytes += tensor.nbytes
+            if held_bytes >= MOST_HELD:
+                checkpoint.drop_pages()
+                held_bytes = 0
+            if self.on_progress is not None:
+                self.on_progress(min(1.0, done_bytes / max(1, checkpoint.nbytes)))
+        checkpoint.drop_pages()
 
 
 def create_backend(name: str, instruction_set: str = "auto") -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 from headrace.core.errors import CheckpointError, shorten
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_TOKEN_TYPES = range(7)  # 0 is undefined
+_TOKEN_TYPES = frozenset(range(7))  # 0 is undefined
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _NAMED: Mapping[str, str] = {
     "bos_token": "bos_token_id",
@@ -32,18 +32,21 @@ class Metadata:
 
     def strings(self, key: str) -> list[str]:
         value = self.metadata.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        items = _as_list(value)
+        if items is None or not set(map(type, items)) <= {str}:
             raise self.fail(key, value, "a list of strings")
-        return value
+        return items
 
     def tokens(self) -> list[str]:
         """The vocabulary: at least one token, each once. An empty one gets a name that no text is likely to hold."""
         key = "tokenizer.ggml.tokens"
-        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.strings(key))]
+        tokens = self.strings(key)
+        if not all(tokens):
+            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         if not tokens:
             raise self.fail(key, [], "at least one token")
-        ids = {token: i for i, token in enumerate(tokens)}
-        if len(ids) != len(tokens):
+        if len(set(tokens)) != len(tokens):
+            ids = {token: i for i, token in enumerate(tokens)}
             twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
             raise self.fail(key, twice, "each token once")
         return tokens
@@ -74,9 +77,9 @@ class Metadata:
         types = _as_list(self.metadata.get(key, [NORMAL] * vocab_size))
         if types is None or len(types) != vocab_size:
             raise self.fail(key, self.metadata.get(key), f"a list of {vocab_size} token types, one a token")
-        for item in types:
-            if isinstance(item, bool) or not isinstance(item, int) or item not in _TOKEN_TYPES:
-                raise self.fail(key, item, "0 to 6")
+        if not (set(map(type, types)) <= {int} and set(types) <= _TOKEN_TYPES):
+            wrong = next(item for item in types if type(item) is not int or item not in _TOKEN_TYPES)
+            raise self.fail(key, wrong, "0 to 6")
         return types
 
     def scores(self, vocab_size: int) -> list[float]:

@@ -17,7 +17,6 @@ from headrace.text.sentencepiece import SentencePiece
 from headrace.text.spm_models import BpeSegmenter, SpmVocabulary, UnigramSegmenter
 from headrace.text.spm_normalizer import CharacterMap, SpmNormalizer
 
-SENTENCEPIECE_KINDS = frozenset(("llama", "t5"))
 _BYTES: Mapping[str, int] = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _MAX_LENGTH = 2**10
 """Characters of a piece; SentencePiece trains at most 16."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from headrace.core.errors import UnsupportedModel, shorten
 from headrace.text.gguf_metadata import CONTROL, UNKNOWN, USER_DEFINED, Metadata, NamedIds
-from headrace.text.gguf_sentencepiece import SENTENCEPIECE_KINDS, build_sentencepiece
 from headrace.text.parts import TokenizerParts
 
+SENTENCEPIECE_KINDS = frozenset(("llama", "t5"))
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -84,6 +85,8 @@ def build_gguf_tokenizer(metadata: Mapping[str, object], name: str) -> Tokenizer
     read = Metadata(metadata, name)
     kind = read.text("tokenizer.ggml.model")
     if kind in SENTENCEPIECE_KINDS:
+        from headrace.text.gguf_sentencepiece import build_sentencepiece
+
         return build_sentencepiece(read, kind)
     if kind != "gpt2":
         raise UnsupportedModel(
@@ -126,16 +129,20 @@ def _set_bos_eos(raw: Tokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def _build_bpe(read: Metadata, tokens: list[str], pre: PreTokenizer) -> models.BPE:
+    key = "tokenizer.ggml.merges"
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges: list[tuple[str, str]] = []
-    for merge in read.strings("tokenizer.ggml.merges"):
-        left, space, right = merge.partition(" ")
-        if not (left and space and right):
-            raise read.fail("tokenizer.ggml.merges", merge, "two tokens with a space between")
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            raise read.fail("tokenizer.ggml.merges", merge, "two tokens that together are a token")
-        merges.append((left, right))
-    return models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
+    # The library holds every merge against the vocabulary itself, in a quarter of the time that Python takes.
+    merges = cast("list[tuple[str, str]]", [tuple(merge.split(" ", 1)) for merge in read.strings(key)])
+    try:
+        return models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception:  # nothing better: it names no merge
+        for merge in read.strings(key):
+            left, space, right = merge.partition(" ")
+            if not (left and space and right):
+                raise read.fail(key, merge, "two tokens with a space between") from None
+            if left not in vocab or right not in vocab or left + right not in vocab:
+                raise read.fail(key, merge, "two tokens that together are a token") from None
+        raise
 
 
 def _set_pipeline(raw: Tokenizer, pre: PreTokenizer, add_space_prefix: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -11,17 +12,17 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from headrace.core.errors import CheckpointError, RequestError, TemplateError, UnsupportedModel, shorten
-from headrace.text.chat import ChatTemplate
 from headrace.text.detokenize import DecoderRules, Detokenizer, read_decoder
 from headrace.text.gguf_metadata import gguf_eos_ids
 from headrace.text.gguf_tokenizer import build_gguf_tokenizer
 from headrace.text.parts import TokenizerParts
 from headrace.text.sentencepiece import SentencePiece
-from headrace.text.template_worker import TemplateRenderer
 from headrace.weights.checkpoint import read_json
 from headrace.weights.files import read_file
 
 if TYPE_CHECKING:
+    from headrace.text.chat import ChatTemplate
+    from headrace.text.template_worker import TemplateRenderer
     from headrace.weights.checkpoint import Checkpoint
 
 _MAX_TOKENIZER = 256 * 2**20
@@ -55,7 +56,6 @@ class Tokenizer:
             self.decoder_rules = read_decoder(parts.raw.decoder, name)
             added = parts.raw.get_added_tokens_decoder().values()
             self._special = frozenset(token.content for token in added if token.special)
-        self._renderer = TemplateRenderer()
         self._template: ChatTemplate | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -101,8 +101,16 @@ class Tokenizer:
         if self.chat_template is None:
             raise TemplateError("the model has no chat template: give a prompt instead of messages")
         if self._template is None:
+            from headrace.text.chat import ChatTemplate
+
             self._template = ChatTemplate(self.chat_template, self.special_tokens, self._renderer)
         return self.encode(self._template.render(messages, **kwargs), add_special_tokens=False)
+
+    @cached_property
+    def _renderer(self) -> TemplateRenderer:
+        from headrace.text.template_worker import TemplateRenderer
+
+        return TemplateRenderer()
 
     def start(self) -> None:
         """Starts the process that renders chats, so that the first need not wait for it. Raises EngineError."""
@@ -111,7 +119,8 @@ class Tokenizer:
 
     def close(self) -> None:
         """Ends the process that renders chats, if there is one. Happens by itself when the tokenizer is dropped."""
-        self._renderer.close()
+        if "_renderer" in self.__dict__:
+            self._renderer.close()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

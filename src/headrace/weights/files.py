@@ -35,6 +35,16 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{where}: cannot be read: {error}") from error
 
 
+def mapped_file(data: NDArray[np.generic]) -> NDArray[np.uint8] | None:
+    """All of the file that an array is a view of, if `map_file` has mapped it; else None."""
+    whole = data
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if isinstance(whole.base, memoryview) and isinstance(whole.base.obj, mmap.mmap):
+        return whole.view(np.uint8)
+    return None
+
+
 def drop_pages(data: NDArray[np.uint8]) -> None:
     """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again.
 

@@ -7,10 +7,14 @@ Layout (ggml's docs/gguf.md): magic, version, tensor count, key count; keys with
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,24 +122,32 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is not UTF-8 at byte {start + error.start}") from error
 
-    def strings(self, count: int, what: str) -> list[str]:
-        # The hot loop of opening a model (a vocabulary and its merges): no calls but the three it needs.
+    def strings(self, count: int, what: str) -> Strings | list[str]:
+        # The hot loop of opening a model (a vocabulary and its merges): only the lengths are walked one by one.
         data, limit, pos, unpack = self.map, self.limit, self.pos, _U64.unpack_from
-        found: list[str] = []
+        starts: list[int] = []
         try:
             for _ in range(count):
-                start = pos + 8
+                starts.append(pos)
                 (length,) = unpack(data, pos)
-                pos = start + length
+                pos += 8 + length
                 if pos > limit:
-                    raise self.fail(f"{what}: string {len(found)} of {length} bytes runs past byte {limit}")
-                found.append(data[start:pos].decode("utf-8"))
+                    raise self.fail(f"{what}: string {len(starts) - 1} of {length} bytes runs past byte {limit}")
         except struct.error as error:
-            raise self.fail(f"{what}: ends inside string {len(found)}") from error
-        except UnicodeDecodeError as error:
-            raise self.fail(f"{what}: string {len(found)} is not UTF-8") from error
+            raise self.fail(f"{what}: ends inside string {len(starts) - 1}") from error
         self.pos = pos
-        return found
+        with suppress(UnicodeDecodeError):
+            text = _after_zeros(data, starts, pos)
+            if text.count("\0") == count:
+                return Strings(text, count)
+        # A string holds a zero itself, or is not UTF-8: which one?
+        return [self._decoded(start, end, index, what) for index, (start, end) in enumerate(pairwise([*starts, pos]))]
+
+    def _decoded(self, start: int, end: int, index: int, what: str) -> str:
+        try:
+            return self.map[start + 8 : end].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what}: string {index} is not UTF-8") from error
 
     def value(self, kind: int, what: str, depth: int = 0) -> object:
         if kind == _STRING:
@@ -173,6 +185,50 @@ class _Cursor:
         if kind == _STRING:
             return self.strings(length, what)
         return [self.array(what, depth + 1) for _ in range(length)]
+
+
+class Strings(Sequence[str]):
+    """An array of strings, kept as one text with a zero before each: a tenth of what a list of them takes."""
+
+    def __init__(self, text: str, count: int) -> None:
+        self._text = text
+        self._count = count
+
+    def tolist(self) -> list[str]:
+        return self._text.split("\0")[1:]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self.tolist()[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return self.tolist() == (other.tolist() if isinstance(other, Strings) else other)
+
+    def __repr__(self) -> str:
+        return repr(self.tolist())
+
+
+def _after_zeros(data: mmap, starts: list[int], end: int) -> str:
+    """The strings that begin at `starts`, each with its length in eight bytes: each with a zero before it."""
+    if not starts:
+        return ""
+    first = starts[0]
+    text = np.frombuffer(data, np.uint8, end - first, first).copy()
+    places = np.array(starts) - first
+    text[places] = 0
+    keep = np.ones(text.size, np.bool_)
+    for byte in range(1, 8):
+        keep[places + byte] = False
+    return text[keep].tobytes().decode("utf-8")
 
 
 class GGUFFile:

@@ -7,7 +7,7 @@ files mean, `scaled.py` the numbers with a plane of scales that every other quan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,24 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+class Reordered(Mapping[str, Array]):
+    """Planes with their rows in another order. A plane is copied when it is asked for: who packs it need not ask."""
+
+    def __init__(self, stored: Planes, order: NDArray[np.intp]) -> None:
+        self.stored = stored
+        self.order = order
+
+    def __getitem__(self, name: str) -> Array:
+        plane = self.stored[name]
+        return plane if name == scaled.ORDER else plane[self.order]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
     """A tensor of shape (N, K) or (K,): numpy planes, row-major over N, groups along K.
@@ -124,6 +142,9 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
+        if self.scheme in SCHEMES:
+            scheme = SCHEMES[self.scheme]
+            return math.prod(self.shape) // scheme.group * scheme.group_bytes
         return sum(plane.nbytes for plane in self.planes.values())
 
     def rows(self, start: int, stop: int) -> QTensor:
@@ -134,9 +155,11 @@ class QTensor:
         return self._map(lambda plane: plane[start:stop], (stop - start, *self.shape[1:]))
 
     def take_rows(self, order: NDArray[np.intp]) -> QTensor:
-        """Rows in another order, a copy. Raises IndexError outside the rows, ValueError on a grouped vector."""
+        """Rows in another order, `Reordered`. Raises IndexError outside the rows, ValueError on a grouped vector."""
         self._require_rows()
-        return self._map(lambda plane: plane[order], (len(order), *self.shape[1:]))
+        if len(order) and not 0 <= order.min() <= order.max() < self.shape[0]:
+            raise IndexError(f"rows {order.min()} to {order.max()} of {self.scheme} {self.shape}")
+        return QTensor(self.scheme, (len(order), *self.shape[1:]), Reordered(self.planes, order))
 
     def cols(self, start: int, stop: int) -> QTensor:
         """Columns [start, stop) of a 2-D tensor, a view.

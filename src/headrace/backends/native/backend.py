@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from headrace.backends.base import BackendOptions
 from headrace.backends.native import _kernels
 from headrace.backends.native.program import Compiled, compile_model, routers
-from headrace.backends.native.weights import COMPUTE_TYPES, pack_all
+from headrace.backends.native.weights import COMPUTE_TYPES, Packing
 from headrace.core.errors import (
     ConfigError,
     EngineError,
@@ -22,13 +23,16 @@ from headrace.core.errors import (
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Admit, Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
 from headrace.parallel.mesh import Mesh
-from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from headrace.weights.lora import Adapter
 
 NO_ADAPTER = -1
 MAX_BLOCKS = 2**31 - 1
 QUANTS = ("none", "stored", "int8", "int4")
 KV_TYPES = ("float32", "bfloat16", "int8")
+NO_ROOM = "loading: the weights and the KV cache do not fit in memory"
 PHASES = ("prepare", "forward", "sample")
 
 
@@ -38,15 +42,15 @@ class Loaded:
     def __init__(
         self,
         spec: ModelSpec,
-        tensors: Iterable[tuple[str, QTensor]],
+        packing: Packing,
         options: BackendOptions,
         instruction_set: str,
     ) -> None:
         self.spec = spec
         self.options = options
         self.instruction_set = instruction_set
-        self.packer = _kernels.Packer(options.threads)
-        packed = pack_all(tensors, self.packer, options.quant, options.dtype, routers(spec))
+        self.packer = packing.packer
+        packed = packing.take_all()
         self.weight_bytes = packed.nbytes
         self.kv = _kernels.KvStore(options.kv_dtype, options.block_size, options.num_blocks)
         self.compiled: Compiled = compile_model(spec, packed, self.kv, instruction_set, options.max_model_len)
@@ -61,6 +65,7 @@ class Loaded:
             self.compiled.head,
             self.compiled.logits,
         )
+        packing.finish()
         self.adapters: dict[str, int] = {}
         self.adapter_bytes = 0
         self.lost: dict[int, RowError] = {}
@@ -79,15 +84,17 @@ class NativeBackend:
         if instruction_set is not None and instruction_set not in found:
             raise ConfigError(f"instruction set: got {shorten(instruction_set)}, allowed: {', '.join(found)}")
         self._instruction_set = instruction_set or found[-1]
+        self._packing: Packing | None = None
         self._loaded: Loaded | None = None
         self._closed = False
         self._result: StepResult | None = None
 
-    def load(
+    def begin(
         self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
-    ) -> Capacity:
-        """Raises UnsupportedModel, WeightsMismatch, ConfigError, OutOfMemory; EngineError if loaded or closed."""
-        if self._closed or self._loaded is not None:
+    ) -> None:
+        """Starts on a load, as far as nothing need be waited for: threads go on with it. `load`, with the same
+        arguments, does the rest. Raises what `load` does."""
+        if self._closed or self._loaded is not None or self._packing is not None:
             raise EngineError("load() of a native backend that is closed or already holds a model")
         if (mesh.tp, mesh.pp) != (1, 1):
             raise UnsupportedModel(f"mesh: {mesh.tp} × {mesh.pp} ranks, the native backend runs on 1 × 1")
@@ -95,10 +102,24 @@ class NativeBackend:
         for name, allowed in choices.items():
             if (value := getattr(options, name)) not in allowed:
                 raise ConfigError(f"{name}: got {shorten(value)}, allowed: {', '.join(allowed)}")
-        with _memory_errors("loading: the weights and the KV cache do not fit in memory"):
+        with _memory_errors(NO_ROOM):
             if options.num_blocks > MAX_BLOCKS:
                 raise MemoryError
-            self._loaded = Loaded(spec, tensors, options, self._instruction_set)
+            packer = _kernels.Packer(options.threads)
+            packing = Packing(tensors, packer, options.quant, options.dtype, routers(spec))
+            packing.read_ahead()
+        self._packing = packing
+
+    def load(
+        self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
+    ) -> Capacity:
+        """Raises UnsupportedModel, WeightsMismatch, ConfigError, OutOfMemory; EngineError if loaded or closed."""
+        if self._packing is None:
+            self.begin(spec, tensors, options, mesh)
+        packing, self._packing = self._packing, None
+        assert packing is not None
+        with _memory_errors(NO_ROOM):
+            self._loaded = Loaded(spec, packing, options, self._instruction_set)
         return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -184,7 +205,7 @@ class NativeBackend:
 
     def close(self) -> None:
         self._closed = True
-        self._loaded = None
+        self._packing = self._loaded = None
         self._result = None
 
     def _require(self) -> Loaded:
@@ -201,21 +222,22 @@ class NativeBackend:
             _admit(loaded, admit)
         for source, target in plan.copies:
             loaded.kv.copy(source, target)
+        lost = loaded.lost
         for step in plan.rows:
             if step.new_blocks:
                 session.append_blocks(step.row, step.new_blocks)
-        asked = [step for step in plan.rows if step.row not in loaded.lost]
-        for step in asked:
+            if step.row in lost:
+                continue
             mask = None if step.mask is None else step.mask if isinstance(step.mask, bytes) else b""
             session.ask(
                 step.row, step.start, step.length, step.drafts, step.sample, step.logits, step.score_prompt, mask
             )
-        answers = iter(session.run() if asked else ())
-        rows = tuple(
-            RowOut(step.row, error=loaded.lost[step.row]) if step.row in loaded.lost else _row_out(step, next(answers))
+        answers = iter(session.run())
+        rows = [
+            RowOut(step.row, error=lost[step.row]) if step.row in lost else _row_out(step, next(answers))
             for step in plan.rows
-        )
-        return StepResult(plan.step, rows, dict(zip(PHASES, session.seconds, strict=True)))
+        ]
+        return StepResult(plan.step, tuple(rows), dict(zip(PHASES, session.seconds, strict=True)))
 
 
 def instruction_sets() -> Sequence[str]:

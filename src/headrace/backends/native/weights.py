@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from headrace.backends.native import _kernels
 from headrace.core.errors import WeightsMismatch, shorten
 from headrace.models.names import EMBED
-from headrace.weights.qtensor import SCHEMES, QTensor
+from headrace.weights.files import mapped_file
+from headrace.weights.qtensor import SCHEMES, QTensor, Reordered
 from headrace.weights.scaled import ORDER, scale_values, unpack_nibbles
 
 F32 = NDArray[np.float32]
@@ -28,6 +29,10 @@ PLAIN = ("f32", "f16", "bf16")
 COMPUTE_TYPES: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 GROUP = 32
 """Columns that share a scale where a kernel meets codes."""
+READ_AHEAD = 128 * 2**20
+"""Bytes of packed weights that are begun before anybody waits for them."""
+MOST_COPIED = 8 * 2**20
+"""Bytes that wait to be packed and are not the file's own."""
 
 
 @dataclass(slots=True)
@@ -63,34 +68,92 @@ class Tensors:
             raise WeightsMismatch(f"tensor {shorten(min(left))} is not part of the model")
 
 
-def pack_all(
-    tensors: Iterable[tuple[str, QTensor]], packer: _kernels.Packer, quant: str, dtype: str, exact: Iterable[str] = ()
-) -> Tensors:
-    """Packs every tensor as it comes. `exact`: weights kept as float32 in every type. Raises WeightsMismatch."""
-    packed = Tensors()
-    kept_exact = frozenset(exact)
-    for name, tensor in tensors:
+class Packing:
+    """Packs every tensor as it comes. `exact`: weights kept as float32 in every type.
+
+    What the checkpoint packs is packed behind the caller, by the packer's threads: `take_all` returns every weight, and
+    after `finish` they hold what they should. Both raise WeightsMismatch, or what the stream of tensors raises.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, QTensor]],
+        packer: _kernels.Packer,
+        quant: str,
+        dtype: str,
+        exact: Iterable[str] = (),
+    ) -> None:
+        self.packer = packer
+        self._tensors = iter(tensors)
+        self._quant = quant
+        self._dtype = dtype
+        self._exact = frozenset(exact)
+        self._packed = Tensors()
+        self._copied = 0
+        """Bytes that wait in memory of their own."""
+
+    def read_ahead(self) -> None:
+        """Takes the first tensors, as far as nothing need be waited for."""
+        while self._packed.nbytes < READ_AHEAD and self._take():
+            pass
+
+    def take_all(self) -> Tensors:
+        while self._take():
+            pass
+        return self._packed
+
+    def finish(self) -> None:
+        self.packer.finish()
+
+    def _take(self) -> bool:
+        """The next tensor; False where there is none."""
+        found = next(self._tensors, None)
+        if found is None:
+            return False
+        name, tensor = found
+        packed = self._packed
         if name in packed.weights or name in packed.vectors:
             raise WeightsMismatch(f"tensor {shorten(name)} came twice")
         if len(tensor.shape) == 1:
             packed.vectors[name] = np.array(tensor.dequantise(), np.float32)
             packed.nbytes += packed.vectors[name].nbytes
-            continue
+            return True
         if len(tensor.shape) != 2:
             raise WeightsMismatch(f"tensor {shorten(name)} has shape {tensor.shape}, needed one or two dimensions")
-        if name in kept_exact:
-            weight = _dense(packer, tensor, "f32")
+        if name in self._exact:
+            weight = _dense(self.packer, tensor, "f32")
         else:
-            weight = _pack(packer, tensor, "int8" if quant == "int4" and name == EMBED else quant, dtype)
+            quant = "int8" if self._quant == "int4" and name == EMBED else self._quant
+            weight = _pack(self.packer, tensor, quant, self._dtype, behind=True)
+            self._make_room(tensor)
         packed.weights[name] = weight
         packed.nbytes += weight.nbytes
+        return True
+
+    def _make_room(self, tensor: QTensor) -> None:
+        """What is not a view of a file, such as joined rows, is a copy: few of them may wait at a time."""
+        planes = tensor.planes.stored if isinstance(tensor.planes, Reordered) else tensor.planes
+        if any(mapped_file(plane) is None for plane in planes.values()):
+            self._copied += tensor.nbytes
+        if self._copied > MOST_COPIED:
+            self.packer.finish()
+            self._copied = 0
+
+
+def pack_all(
+    tensors: Iterable[tuple[str, QTensor]], packer: _kernels.Packer, quant: str, dtype: str, exact: Iterable[str] = ()
+) -> Tensors:
+    """All of `Packing` at once."""
+    packing = Packing(tensors, packer, quant, dtype, exact)
+    packed = packing.take_all()
+    packing.finish()
     return packed
 
 
-def _pack(packer: _kernels.Packer, tensor: QTensor, quant: str, dtype: str) -> _kernels.Weight:
+def _pack(packer: _kernels.Packer, tensor: QTensor, quant: str, dtype: str, behind: bool = False) -> _kernels.Weight:
     if quant == "none":
         return _dense(packer, tensor, COMPUTE_TYPES[dtype])
-    if tensor.scheme not in PLAIN and (stored := _stored(packer, tensor)) is not None:
+    if tensor.scheme not in PLAIN and (stored := _stored(packer, tensor, behind)) is not None:
         return stored
     if quant in ("int8", "int4") and tensor.shape[1] % GROUP == 0:
         source = tensor if tensor.scheme in PLAIN else QTensor.from_array(tensor.dequantise())
@@ -108,12 +171,14 @@ def _dense(packer: _kernels.Packer, tensor: QTensor, target: str) -> _kernels.We
     return _kernels.pack_numbers(packer, _numbers(source), source.scheme, target)
 
 
-def _stored(packer: _kernels.Packer, tensor: QTensor) -> _kernels.Weight | None:
-    """As the checkpoint packs it; None where no kernel reads that."""
+def _stored(packer: _kernels.Packer, tensor: QTensor, behind: bool = False) -> _kernels.Weight | None:
+    """As the checkpoint packs it; None where no kernel reads that. `behind`: the packer may go on with it."""
     rows, columns = tensor.shape
     if tensor.scheme in SCHEMES:
-        planes = [tensor.planes[name] for name, _, _ in SCHEMES[tensor.scheme].record]
-        return _kernels.pack_blocks(packer, tensor.scheme, planes, rows, columns)
+        moved = tensor.planes if isinstance(tensor.planes, Reordered) else None
+        stored, order = (tensor.planes, None) if moved is None else (moved.stored, moved.order)
+        planes = [stored[name] for name, _, _ in SCHEMES[tensor.scheme].record]
+        return _kernels.pack_blocks(packer, tensor.scheme, planes, rows, columns, order, behind, mapped_file(planes[0]))
     if tensor.scheme == "fp8" or ORDER in tensor.planes or tensor.group % GROUP:
         return None
     bits = 4 if tensor.scheme.startswith("int4") else 8
