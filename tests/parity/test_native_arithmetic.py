@@ -27,6 +27,7 @@ from tests.parity.native_cases import ARITHMETIC, EXPERTS, SIZES, WIDE, Tensors,
 
 kernels = pytest.importorskip("headrace.backends.native._kernels")
 backend_module = pytest.importorskip("headrace.backends.native.backend")
+weights_module = pytest.importorskip("headrace.backends.native.weights")
 
 SETS: Sequence[str] = backend_module.instruction_sets()
 POISON = 60
@@ -298,7 +299,8 @@ def test_two_sessions_on_one_program(checkpoint: Checkpoint) -> None:
     description = describe(source.config, source.format, source.shapes())
     tensors = ARITHMETIC["q4_1"].change(stream(source, description.weight_map))
     options = BackendOptions("float32", 2, 16, 16, 4, 128, 128, "stored", "int8")
-    loaded = backend_module.Loaded(description.spec, tensors, options, SETS[-1])
+    packing = weights_module.Packing(tensors, kernels.Packer(options.threads), options.quant, options.dtype)
+    loaded = backend_module.Loaded(description.spec, packing, options, SETS[-1])
     head = loaded.compiled.head, loaded.compiled.logits
     sessions = [
         kernels.Session(loaded.compiled.program, loaded.kv, VOCAB, 4, 128, 128, threads, *head) for threads in (1, 2)
