@@ -112,8 +112,8 @@ MUTANTS = (
     Mutant(
         "the oldest row loses its blocks instead of the youngest",
         SCHEDULER,
-        "                youngest = todo.pop()",
-        "                youngest = todo.popleft()",
+        "                youngest, remaining = todo.pop()",
+        "                youngest, remaining = todo.popleft()",
     ),
     Mutant(
         "cached blocks are used without taking hold of them",
@@ -142,8 +142,8 @@ MUTANTS = (
     Mutant(
         "max_tokens is not cut to the context",
         SCHEDULER,
-        "min(sampling.max_tokens, room)",
-        "sampling.max_tokens",
+        "min(num_prompt + sampling.max_tokens, self._max_model_len)",
+        "num_prompt + sampling.max_tokens",
     ),
     Mutant(
         "ignore_eos is ignored",
