@@ -190,15 +190,7 @@ inline void scores(const Meeting& m, const Chunk& c, const float* queries, int32
   for (; g < end; ++g) score<Load, R, 1>(queries, c.keys + g, c.key_stride, m.dim, m.weights + g * kLanes);
 }
 
-// cap × tanh(x / cap). Where |x / cap| is small, 1 - 2 / (e^2y + 1) would lose the score's last digits: there the
-// continued fraction y / (1 + y² / (3 + y² / (5 + y² / (7 + y² / 9)))), to within 1e-8 for |y| ≤ 0.6.
-inline F32 capped(F32 x, F32 cap) {
-  const F32 y = div(x, cap), z = mul(y, y);
-  const F32 over = fma(z, add(z, splat(105.0f)), splat(945.0f));
-  const F32 under = fma(z, fma(splat(15.0f), z, splat(420.0f)), splat(945.0f));
-  const F32 near = div(mul(y, over), under);
-  return mul(cap, select_less(abs(y), splat(0.6f), near, tanh(y)));
-}
+inline F32 capped(F32 x, F32 cap) { return mul(cap, tanh(div(x, cap))); }
 
 // A row's scores become weights. Returns the chunk's maximum; `sums` gets the weights' sums, lane by lane.
 template <bool kWhole>
