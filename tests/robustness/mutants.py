@@ -1,4 +1,4 @@
-"""Deliberate bugs in the scheduler, block pool and prefix cache: does the property test notice each one?
+"""Deliberate bugs in the scheduler, block pool, prefix cache and loop: does a property test notice each one?
 
     python -m tests.robustness.mutants        # `make robustness`
 
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = tuple(f"tests/unit/test_{name}.py" for name in ("sched_parts", "scheduler_properties", "engine"))
+TESTS = tuple(
+    f"tests/unit/test_{name}.py" for name in ("sched_parts", "engine", "engine_faults", "scheduler_properties")
+)
 ALLOWED_SURVIVORS = 2
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,14 @@ class Mutant:
     after: str
 
 
-SCHEDULER, BLOCKS, PREFIX, POLICY, STOP, SEQUENCE = (
-    f"sched/{name}.py" for name in ("scheduler", "blocks", "prefix", "policy", "stop", "sequence")
+SCHEDULER, BLOCKS, PREFIX, POLICY, STOP, SEQUENCE, ADMISSION, ISOLATION, PACE, TIMERS = (
+    f"sched/{name}.py"
+    for name in (
+        *("scheduler", "blocks", "prefix", "policy", "stop", "sequence"),
+        *("admission", "isolation", "pace", "timers"),
+    )
 )
+CORE = "engine/core.py"
 MUTANTS = (
     Mutant(
         "blocks come back while a step in flight still names them",
@@ -41,25 +48,25 @@ MUTANTS = (
     ),
     Mutant(
         "a prompt to be scored takes a prefix hit",
-        SCHEDULER,
+        ADMISSION,
         "        if sequence.unscored:\n            return []\n",
         "",
     ),
     Mutant(
         "nobody waits for a block in the making",
         SCHEDULER,
-        "and self._is_coming(sequence, len(cached)):",
+        "and self._admission.is_coming(sequence, len(cached), self._running):",
         "and False:",
     ),
     Mutant(
         "a request waits for a block of another tenant",
-        SCHEDULER,
+        ADMISSION,
         "            and other.root_key == sequence.root_key\n",
         "",
     ),
     Mutant(
         "a request waits for a block that is there already",
-        SCHEDULER,
+        ADMISSION,
         "            len(other.keys) <= num_cached\n",
         "            True\n",
     ),
@@ -226,8 +233,104 @@ MUTANTS = (
     Mutant(
         "joining ignores whether there is room",
         SCHEDULER,
-        "            if not self._room_for(sequence, cached):\n                break\n",
+        "            if not self._admission.room_for(sequence, cached, self._running):\n                break\n",
         "",
+    ),
+    Mutant(
+        "a step that fails ends the first of its rows unheard",
+        ISOLATION,
+        "        half = len(suspects) // 2\n",
+        "        if suspects:\n            return suspects[0]\n        half = 0\n",
+    ),
+    Mutant(
+        "a fault that comes once ends a request",
+        ISOLATION,
+        "            if suspects[0] in self._accused:\n                return",
+        "            if True:\n                return",
+    ),
+    Mutant(
+        "who was accused once stays so for ever",
+        ISOLATION,
+        "        self._accused.discard(sequence)\n",
+        "",
+    ),
+    Mutant(
+        "who leaves is waited for in its trial",
+        ISOLATION,
+        "    def ended(self, sequence: Sequence) -> None:\n        self._trial.discard(sequence)",
+        "    def ended(self, sequence: Sequence) -> None:\n        pass",
+    ),
+    Mutant(
+        "the parked keep the blocks that a trial needs",
+        ISOLATION,
+        "        if not self._trial:\n            return []\n",
+        "        return []\n",
+    ),
+    Mutant(
+        "a passed trial does not count",
+        ISOLATION,
+        "        if sequence.num_computed >= sequence.tried_until:\n            self.ended(sequence)",
+        "        pass",
+    ),
+    Mutant("after a fault old plans are still in flight", SCHEDULER, "        self._flights.clear()\n", ""),
+    Mutant(
+        "rows that a reset forgot are released again",
+        SCHEDULER,
+        "        self._release = []\n        return None if guilty",
+        "        return None if guilty",
+    ),
+    Mutant(
+        "after a fault tokens in flight still count",
+        SCHEDULER,
+        "            sequence.steps_in_flight = sequence.sampling_in_flight = 0\n",
+        "            sequence.steps_in_flight = 0\n",
+    ),
+    Mutant(
+        "what the row at fault left in the cache is found again",
+        SCHEDULER,
+        "            self._cache.withdraw(guilty.blocks)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "lost blocks stay lost",
+        SCHEDULER,
+        "            self._cache.clear()\n",
+        "",
+    ),
+    Mutant(
+        "a small step slows the pace of large ones",
+        PACE,
+        "if seconds > self._step_seconds or fits > self._tokens:",
+        "if True:",
+    ),
+    Mutant("a slow step is forgotten", PACE, "seconds > self._step_seconds or fits", "fits"),
+    Mutant("the pace starves prompts", PACE, "num_rows + self._chunk)", "num_rows)"),
+    Mutant(
+        "a preempted request has no time left in the queue",
+        TIMERS,
+        "request.join_by_s <= now_s and not was_admitted:",
+        "request.join_by_s <= now_s:",
+    ),
+    Mutant(
+        "a row is planned before its grammar's mask can be known",
+        SEQUENCE,
+        "        if self.sampling_in_flight and self.request.grammar:\n            return 0\n",
+        "",
+    ),
+    Mutant("masks are made of the prompt too", CORE, "sequence.tokens[sequence.num_prompt :]", "sequence.tokens"),
+    Mutant("grammars of requests that ended are kept", CORE, "            self._grammars.drop(request_id)\n", ""),
+    Mutant(
+        "a device that works again is still blamed",
+        CORE,
+        "        self._lone_faults = 0\n        self._cleared = T",
+        "        self._cleared = T",
+    ),
+    Mutant("one that is well does not clear the device", CORE, "+= not self._cleared", "+= 1"),
+    Mutant(
+        "with a fault looked into, plans overtake results",
+        CORE,
+        "depth = 1 if self._scheduler.isolating else self._backend.depth",
+        "depth = self._backend.depth",
     ),
 )
 

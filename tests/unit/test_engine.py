@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 
 from headrace.backends.base import Backend
-from headrace.core.errors import EngineError
+from headrace.core.errors import BackendUnavailable, GrammarError
 from headrace.core.types import (
     Capacity,
     EngineLimits,
@@ -25,7 +25,7 @@ from headrace.core.types import (
     TokenEvent,
 )
 from headrace.engine.client import InProcessClient
-from headrace.engine.core import EngineCore
+from headrace.engine.core import FAULT, STOPPED, EngineCore
 from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
@@ -51,12 +51,19 @@ def make_core(
     capacity: Capacity = CAPACITY,
     clock: Clock | None = None,
     prefix_cache: bool = False,
+    grammars: FakeGrammars | None = None,
 ) -> EngineCore:
     backend = backend or FakeBackend(VOCAB)
     backend.open(capacity)
     cache = PrefixCache(capacity.blocks, capacity.block_size, "fake", prefix_cache)
     scheduler = Scheduler(capacity, CONTEXT, frozenset({EOS}), parse_policy(policy), cache)
-    return EngineCore(backend, scheduler, EngineLimits(VOCAB, CONTEXT), clock or Clock())
+    limits = EngineLimits(VOCAB, CONTEXT)
+    return EngineCore(backend, scheduler, limits, clock or Clock(), grammars=grammars, on_fault=raise_it)
+
+
+def raise_it(error: Exception) -> None:
+    """No step raises here, unless a law is broken."""
+    raise error
 
 
 def drain(core: EngineCore) -> list[Event]:
@@ -272,7 +279,7 @@ class DyingBackend(FakeBackend):
 
     def submit(self, plan: StepPlan) -> None:
         if plan.step == 2:
-            raise EngineError("the device is gone")
+            raise BackendUnavailable("the device is gone")
         super().submit(plan)
 
 
@@ -281,7 +288,7 @@ def test_a_dead_device_ends_every_request_and_refuses_new_ones() -> None:
     for name in ("a", "b"):
         core.submit(Request(name, (1, 2), SamplingParams(max_tokens=9, ignore_eos=True)))
     ends = [e for e in drain(core) if isinstance(e, ErrorEvent)]
-    assert [(e.request_id, e.code) for e in ends] == [("a", "engine_fault"), ("b", "engine_fault")]
+    assert [(e.request_id, e.code) for e in ends] == [("a", "backend_unavailable"), ("b", "backend_unavailable")]
     core.submit(Request("c", (1,), SamplingParams()))
     assert [e.request_id for e in drain(core)] == ["c"]
     assert InProcessClient(core).health() == "the device is gone"
@@ -299,7 +306,8 @@ def test_an_answer_to_another_plan_is_noticed() -> None:
     core = make_core(backend=LyingBackend(VOCAB))
     core.submit(Request("a", (1, 2), SamplingParams(max_tokens=9)))
     ends = [e for e in drain(core) if isinstance(e, ErrorEvent)]
-    assert len(ends) == 1 and "does not answer" in ends[0].message
+    assert len(ends) == 1 and ends[0].message == STOPPED
+    assert "does not answer" in str(core.error), "the inside is told inside"
 
 
 def test_fairness_one_long_prompt_does_not_stop_the_others() -> None:
@@ -324,3 +332,148 @@ def test_fairness_one_long_prompt_does_not_stop_the_others() -> None:
 def test_backend_protocol_is_what_the_fake_offers() -> None:
     backend: Backend = FakeBackend()
     assert backend.depth == 1
+
+
+# ---------------------------------------------------------------- grammars
+
+
+class FakeGrammars:
+    """Tokens of an answer leave 0, 1, 2, 0, 1 … when divided by 3. Ready after `polls`."""
+
+    def __init__(self, polls: int = 0) -> None:
+        self.polls = polls
+        self.live: dict[str, int] = {}
+        self.asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def begin(self, request: Request) -> None:
+        if request.grammar == "huge":
+            raise GrammarError("grammar: too large")
+        self.live[request.id] = 0
+
+    def state(self, request_id: str) -> str:
+        self.live[request_id] += 1
+        if request_id.startswith("wrong"):
+            raise GrammarError("grammar: no rule named start")
+        return "ready" if self.live[request_id] > self.polls else "compiling"
+
+    def mask(self, request_id: str, output_ids: tuple[int, ...]) -> bytes:
+        assert request_id in self.live
+        self.asked.append((request_id, output_ids))
+        if request_id.startswith("costly") and len(output_ids) == 2:
+            raise GrammarError("grammar: too costly to follow")
+        if request_id.startswith("broken"):
+            raise KeyError("a bug")
+        allowed = sum(1 << token for token in range(VOCAB) if token % 3 == len(output_ids) % 3)
+        return allowed.to_bytes(8, "little")
+
+    def drop(self, request_id: str) -> None:
+        del self.live[request_id]
+
+
+LONG = SamplingParams(max_tokens=9, ignore_eos=True)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("polls", [0, 5])
+def test_a_grammar_says_which_tokens_may_come(depth: int, polls: int) -> None:
+    """Beside requests without one, which go on meanwhile; the prompt of one is longer than a step."""
+    grammars = FakeGrammars(polls)
+    capacity = Capacity(blocks=64, block_size=4, max_rows=4, max_tokens=8)
+    core = make_core(backend=FakeBackend(VOCAB, depth), capacity=capacity, grammars=grammars)
+    prompts = {"free": (1, 2), "short": (3,), "long": tuple(range(20))}
+    for name, prompt in prompts.items():
+        core.submit(Request(name, prompt, LONG, grammar="" if name == "free" else "g"))
+    assert core.engine_stats().waiting == 3
+    events = drain(core)
+    tokens = tokens_of(events)
+    assert tokens["free"] == answer(prompts["free"], VOCAB, 9)
+    for name in ("short", "long"):
+        assert [token % 3 for token in tokens[name]] == [0, 1, 2] * 3
+        assert [output for who, output in grammars.asked if who == name] == [tuple(tokens[name][:i]) for i in range(9)]
+    first = next(event.request_id for event in events if isinstance(event, TokenEvent))
+    assert first == "free" or not polls
+    assert not grammars.live, "every grammar is dropped at its request's end"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_wrong_with_a_grammar_is_its_requests_own_error(depth: int) -> None:
+    grammars = FakeGrammars(2)
+    core = make_core(backend=FakeBackend(VOCAB, depth), grammars=grammars)
+    names = ("wrong", "huge", "costly", "right")
+    for name in names:
+        core.submit(Request(name, (1, 2), LONG, grammar="huge" if name == "huge" else "g"))
+    with pytest.raises(ValueError, match="in use"):
+        core.submit(Request("right", (1,)))
+    core.submit(Request("free", (5,), LONG))
+    events = drain(core)
+    errors = {event.request_id: event.code for event in events if isinstance(event, ErrorEvent)}
+    assert errors == dict.fromkeys(names[:3], "invalid_grammar")
+    tokens = tokens_of(events)
+    assert len(tokens["costly"]) == 2 and len(tokens["right"]) == 9
+    assert tokens["free"] == answer((5,), VOCAB, 9)
+    assert not grammars.live
+
+
+def test_a_bug_in_the_grammars_ends_who_uses_them() -> None:
+    core, heard = make_core(grammars=FakeGrammars()), []
+    core._on_fault = heard.append
+    core.submit(Request("broken", (1, 2), LONG, grammar="g"))
+    core.submit(Request("right", (1, 2), LONG, grammar="g"))
+    events = drain(core)
+    ends = {event.request_id: event for event in events if not isinstance(event, TokenEvent)}
+    assert isinstance(broken := ends["broken"], ErrorEvent) and (broken.code, broken.message) == ("engine_fault", FAULT)
+    assert isinstance(ends["right"], FinishEvent) and [type(error) for error in heard] == [KeyError]
+
+
+def test_without_grammars_a_request_with_one_is_refused() -> None:
+    core = make_core()
+    core.submit(Request("a", (1,), LONG, grammar="g"))
+    (end,) = drain(core)
+    assert isinstance(end, ErrorEvent) and end.code == "unsupported_parameter"
+
+
+def test_whoever_waits_for_a_grammar_can_leave() -> None:
+    """By itself, by its deadline, by that of the queue, and with the engine."""
+    clock, grammars = Clock(), FakeGrammars(10**9)
+    backend = DyingBackend(VOCAB)
+    core = make_core(backend=backend, clock=clock, grammars=grammars)
+    for name in ("gone", "late", "queued", "left"):
+        times = {"late": {"deadline_s": 1.0}, "queued": {"join_by_s": 1.0}}.get(name, {})
+        core.submit(Request(name, (1, 2), LONG, grammar="g", **times))
+    assert core.step() == [] and core.has_work and 0 < core.sleep_s() < 0.1
+    core.abort("gone")
+    core.abort("gone")
+    clock.now_s = 1.0
+    ends = {event.request_id: event for event in core.step()}
+    assert isinstance(gone := ends["gone"], FinishEvent) and gone.reason is FinishReason.ABORT
+    codes = {name: end.code for name, end in ends.items() if isinstance(end, ErrorEvent)}
+    assert codes == {"late": "deadline_exceeded", "queued": "queue_timeout"}
+    assert grammars.live.keys() == {"left"}
+    core.submit(Request("free", (1,), LONG))
+    died = drain(core)
+    assert {event.request_id for event in died if isinstance(event, ErrorEvent)} == {"left", "free"}
+    assert not grammars.live and core.error is not None
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_the_figures_of_an_engine() -> None:
+    """Two requests behind one prompt of three blocks; the clock stands, so that each step takes no time."""
+    core = make_core(prefix_cache=True)
+    prompt = tuple(range(50))
+    for name in ("a", "b"):
+        core.submit(Request(name, prompt, SamplingParams(max_tokens=4, ignore_eos=True)))
+    before = core.engine_stats()
+    assert (before.running, before.waiting, before.blocks_used, before.blocks_total) == (0, 2, 0, 512)
+    core.step()
+    core.step()
+    during = core.engine_stats()
+    assert (during.running, during.waiting, during.blocks_used) == (2, 0, 5)
+    drain(core)
+    after = core.engine_stats()
+    assert (after.running, after.waiting, after.blocks_used, after.block_size) == (0, 0, 0, 16)
+    assert (after.queried_tokens, after.cached_tokens) == (100, 48)
+    assert after.computed_tokens == after.tokens_per_step.sum == 50 + 2 + 3 + 3
+    assert after.iterations == after.step_seconds.count == after.tokens_per_step.count == 5
+    assert (after.prefill_step_seconds.count, after.admitted_per_step.count, after.admitted_per_step.sum) == (2, 2, 2)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.errors import InvalidParameter
-from headrace.core.types import Capacity, ImageSpan, Request, RowOut, SamplingParams, StepPlan, StepResult
+from headrace.core.types import Capacity, ErrorEvent, ImageSpan, Request, RowOut, SamplingParams, StepPlan, StepResult
 from headrace.sched.blocks import BlockPool
+from headrace.sched.pace import Pace
 from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
@@ -126,9 +127,9 @@ def test_policies_that_do_not_exist_are_refused(text: str) -> None:
         parse_policy(text)
 
 
-def commit(scheduler: Scheduler, plan: StepPlan, token: int = 1) -> None:
+def commit(scheduler: Scheduler, plan: StepPlan, token: int = 1, seconds: float = 0.0) -> None:
     outs = tuple(RowOut(row.row, (token,) if row.sample else ()) for row in plan.rows)
-    scheduler.commit(StepResult(plan.step, outs), 0.0)
+    scheduler.commit(StepResult(plan.step, outs), 0.0, seconds)
 
 
 def test_the_youngest_gives_way_and_the_oldest_never_waits() -> None:
@@ -167,3 +168,123 @@ def test_a_scheduler_that_could_stand_still_for_ever_is_refused() -> None:
         Scheduler(Capacity(2, 4, 8, 7), 8, frozenset(), parse_policy("fused"), cache)
     with pytest.raises(ValueError, match="max_model_len"):
         Scheduler(Capacity(2, 4, 8, 8), 9, frozenset(), parse_policy("fused"), cache)
+
+
+# ---------------------------------------------------------------- pace
+
+WANTED_S = 0.1
+
+
+@given(
+    fixed_s=st.floats(0.0, 0.09),
+    each_s=st.floats(1e-6, 2e-3),
+    decoding=st.integers(0, 15),
+    noise=st.lists(st.floats(0.5, 1.5), max_size=30),
+)
+def test_steps_come_to_take_the_wanted_time(fixed_s: float, each_s: float, decoding: int, noise: list[float]) -> None:
+    """Whatever the machine, and whatever disturbed it before, when one prompt is computed beside rows that decode."""
+    pace = Pace(WANTED_S, most=512, chunk=16)
+    for factor in noise:
+        tokens = pace.budget(1 + decoding)
+        pace.measured(tokens, (fixed_s + each_s * tokens) * factor)
+    for _ in range(12):
+        tokens = pace.budget(1 + decoding)
+        assert 1 + decoding < tokens <= 512
+        seconds = fixed_s + each_s * tokens
+        pace.measured(tokens, seconds)
+    least = 1 + decoding + 16
+    assert tokens == least or seconds <= 1.25 * WANTED_S
+    best = min(512, (WANTED_S - fixed_s) / each_s)
+    assert tokens >= min(max(least, 0.7 * best), 512) - 1, "no smaller than need be"
+
+
+def test_a_short_or_a_slow_step_does_not_spoil_the_pace() -> None:
+    pace = Pace(WANTED_S, most=512, chunk=16)
+    pace.measured(256, 0.1)
+    pace.measured(4, 0.02)  # mostly the reading of weights: says nothing of large steps
+    assert pace.budget(4) == 256
+    pace.measured(4, 3.0)  # the machine was stopped
+    assert pace.budget(4) == 20
+    pace.measured(20, 0.03)
+    pace.measured(66, 0.04)
+    assert pace.budget(4) > 128
+    pace.measured(100, 0.0)
+    with pytest.raises(ValueError, match="step_seconds"):
+        Pace(0.0, 512, 16)
+
+
+def test_a_small_budget_still_serves_every_row() -> None:
+    """A machine on which no step is as short as wanted: everyone decodes at every step, and the prompt gets on."""
+    capacity = Capacity(blocks=64, block_size=4, max_rows=8, max_tokens=64)
+    cache = PrefixCache(64, 4, "m", enabled=False)
+    scheduler = Scheduler(capacity, 128, frozenset(), parse_policy("fused"), cache, step_seconds=0.001)
+    for name in "abcdef":
+        scheduler.add(Request(name, (1, 2), SamplingParams(max_tokens=40)))
+    scheduler.add(Request("long", tuple(range(1, 101)), SamplingParams(max_tokens=1)))
+    steps = 0
+    while "long" in scheduler:
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        scheduler.check_integrity()
+        assert steps == 0 or sum(row.length for row in plan.rows) <= 7 + 8
+        assert len(plan.rows) == 7
+        commit(scheduler, plan, seconds=0.5)
+        steps += 1
+    assert steps <= 1 + 100 // 9
+
+
+# ---------------------------------------------------------------- time in the queue
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_who_waits_too_long_for_a_place_ends(again: bool) -> None:
+    """The clock counts until the first time it joins; preempted later, it may wait."""
+    capacity = Capacity(blocks=6, block_size=4, max_rows=3, max_tokens=30)
+    scheduler = Scheduler(capacity, 24, frozenset(), parse_policy("serial"), PrefixCache(6, 4, "m"))
+    scheduler.add(Request("first", (1, 2, 3), SamplingParams(max_tokens=9), join_by_s=5.0))
+    scheduler.add(Request("second", (1, 2, 3), SamplingParams(max_tokens=2), join_by_s=5.0, deadline_s=50.0))
+    for now_s in (0.0, 4.9):
+        plan = scheduler.plan(now_s)
+        assert plan is not None
+        commit(scheduler, plan)
+    if again:
+        scheduler.recover()
+    assert {event.request_id for event in scheduler.take_events()} == {"first"}
+    plan = scheduler.plan(5.0)
+    assert plan is not None
+    commit(scheduler, plan)
+    (event, *_) = scheduler.take_events()
+    assert isinstance(event, ErrorEvent) and (event.request_id, event.code) == ("second", "queue_timeout")
+    assert scheduler.unfinished == ("first",)
+    scheduler.check_integrity()
+
+
+def test_a_window_is_left_in_time_to_end_who_waits_too_long() -> None:
+    scheduler = Scheduler(Capacity(6, 4, 3, 30), 24, frozenset(), parse_policy("window:900"), PrefixCache(6, 4, "m"))
+    scheduler.add(Request("a", (1,), SamplingParams(), join_by_s=0.5))
+    assert scheduler.wake_s() == 0.5
+    scheduler.plan(0.5)
+    assert [type(event) for event in scheduler.take_events()] == [ErrorEvent]
+    assert scheduler.wake_s() is None
+
+
+# ---------------------------------------------------------------- a leak
+
+
+def test_blocks_that_got_lost_are_found_when_nobody_holds_any() -> None:
+    """A bug would cost blocks until a restart, or, with a check that raises, the engine."""
+    cache = PrefixCache(8, 4, "m")
+    scheduler = Scheduler(Capacity(8, 4, 3, 30), 32, frozenset(), parse_policy("fused"), cache)
+    lost = cache.pool.allocate(2)
+    for name in ("a", "b"):
+        scheduler.add(Request(name, (1, 2, 3, 4, 5), SamplingParams(max_tokens=2)))
+    while scheduler.has_work:
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        if scheduler.num_running == 2:
+            assert scheduler.stats.leaks == 0
+        commit(scheduler, plan)
+    assert lost and scheduler.stats.leaks == 1
+    assert cache.pool.available == 8 and cache.pool.num_held == 0
+    scheduler.check_integrity()
+    assert cache.match(cache.root(""), [1, 2, 3, 4, 5]) == [], "nothing is trusted that was there"

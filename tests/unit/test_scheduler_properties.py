@@ -6,9 +6,11 @@ structures are checked, and every finished request's tokens are compared with th
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -42,13 +44,13 @@ class Asked:
 class World:
     """One scheduler and one fake backend, with every promise checked as time goes on."""
 
-    def __init__(self, depth: int, policy: str, prefix_cache: bool = True) -> None:
+    def __init__(self, depth: int, policy: str, prefix_cache: bool = True, step_seconds: float | None = None) -> None:
         capacity = Capacity(BLOCKS, BLOCK_SIZE, ROWS, BUDGET)
         self.backend = FakeBackend(VOCAB, depth, poison=frozenset({POISON}))
         self.backend.open(capacity)
         self.backend.load_adapter(Adapter("style", {}, ""))
         cache = PrefixCache(BLOCKS, BLOCK_SIZE, "fake/int", enabled=prefix_cache)
-        self.scheduler = Scheduler(capacity, CONTEXT, frozenset({EOS}), parse_policy(policy), cache)
+        self.scheduler = Scheduler(capacity, CONTEXT, frozenset({EOS}), parse_policy(policy), cache, step_seconds)
         self.depth = depth
         self.policy = policy
         self.now = 0.0
@@ -57,14 +59,10 @@ class World:
         self.seen: Counter[str] = Counter()
         self.admitted: list[str] = []
 
-    def add(
-        self, prompt: list[int], sampling: SamplingParams, salt: str = "", priority: int = 0, adapter: str = ""
-    ) -> str:
+    def add(self, prompt: list[int], sampling: SamplingParams, **fields: Any) -> str:
         request_id = f"r{self.seen['added']}"
         self.seen["added"] += 1
-        request = Request(
-            request_id, tuple(prompt), sampling, adapter=adapter, salt=salt, priority=priority, arrival_s=self.now
-        )
+        request = Request(request_id, tuple(prompt), sampling, arrival_s=self.now, **fields)
         self.asked[request_id] = Asked(request, since=self.plans)
         self.scheduler.add(request)
         self.check()
@@ -82,11 +80,21 @@ class World:
         self.scheduler.finish(request_id, asked.cut, self.now)
         self.take_events()
 
-    def step(self) -> bool:
+    def crash(self) -> None:
+        """A step has raised, and does so no more: nobody is to notice."""
+        self.seen["faults"] += 1
+        self.backend.reset()
+        assert self.scheduler.recover() is None
+        assert self.scheduler.in_flight == self.scheduler.num_running == 0
+        self.check()
+
+    def step(self, seconds: float = 0.0) -> bool:
         """Plans and, where the pipeline is full or nothing can be planned, commits. False: nothing happened."""
         self.now += 0.01
         plan = self.scheduler.plan(self.now)
-        self.check()
+        self.take_events()
+        for waiting in self.scheduler._waiting:
+            assert waiting.was_admitted or self.now < (waiting.request.join_by_s or math.inf)
         if plan is not None:
             self.plans += 1
             hits = sum(row.start for row in plan.rows for admit in plan.admit if admit.row == row.row)
@@ -95,8 +103,9 @@ class World:
             self.seen["full budget"] += sum(row.length for row in plan.rows) == BUDGET
             self.seen["release and admit"] += bool({a.row for a in plan.admit} & set(plan.release))
             self.backend.submit(plan)
-        if self.scheduler.in_flight and (plan is None or self.scheduler.in_flight >= self.depth):
-            self.scheduler.commit(self.backend.result(), self.now)
+        depth = 1 if self.scheduler.isolating else self.depth
+        if self.scheduler.in_flight and (plan is None or self.scheduler.in_flight >= depth):
+            self.scheduler.commit(self.backend.result(), self.now, seconds)
             self.take_events()
             return True
         return plan is not None
@@ -132,8 +141,9 @@ class World:
             good = max(0, sick[0] - len(prompt) + 1)
             assert asked.tokens == expected[: len(asked.tokens)] and len(asked.tokens) <= good
         if isinstance(event, ErrorEvent):
-            assert event.code == "nan_logits" and sick
-            self.seen["errors"] += 1
+            late = event.time_s >= (asked.request.join_by_s or math.inf) and not asked.tokens
+            assert (event.code == "nan_logits" and sick) or (event.code == "queue_timeout" and late)
+            self.seen["errors" if sick else "late"] += 1
             return
         self.seen[event.reason] += 1
         assert event.prompt_tokens == len(prompt)
@@ -171,7 +181,10 @@ class World:
         assert not self.asked
         assert self.scheduler._pool.available == BLOCKS
         assert len(self.scheduler._free_rows) == ROWS
-        assert self.backend.computed_tokens == self.scheduler.stats.computed_tokens
+        assert self.scheduler.stats.leaks == 0
+        if not self.seen["faults"]:
+            assert self.backend.computed_tokens == self.scheduler.stats.computed_tokens
+        assert self.scheduler.stats.tokens_per_step.state().count <= self.scheduler.stats.iterations
 
 
 def random_sampling(draw: random.Random) -> SamplingParams:
@@ -203,12 +216,16 @@ def random_walk(world: World, draw: random.Random, steps: int) -> None:
         if roll < 0.25 and len(world.asked) < 10:
             salt, priority = draw.choice(["", "", "", "tenant"]), draw.choice([0, 0, 0, 0, 1])
             adapter = draw.choice(["", "", "style"])
-            world.add(random_prompt(draw), random_sampling(draw), salt, priority, adapter)
+            join_by_s = draw.choice([None, None, world.now + draw.choice([0.05, 0.5])])
+            fields = {"salt": salt, "priority": priority, "adapter": adapter, "join_by_s": join_by_s}
+            world.add(random_prompt(draw), random_sampling(draw), **fields)
         elif roll < 0.27 and world.asked:
             world.abort(draw.choice(list(world.asked)))
         elif roll < 0.29 and (running := [i for i, a in world.asked.items() if a.tokens]):
             world.finish(draw.choice(running))
-        world.step()
+        elif roll < 0.30 and not world.scheduler.isolating:
+            world.crash()
+        world.step(draw.choice([0.0, 0.001, 0.01, 0.1]))
     world.drain()
 
 
@@ -219,13 +236,14 @@ def test_random_walks(depth: int, policy: str) -> None:
     total: Counter[str] = Counter()
     steps = 45_000 if policy == "fused" else 6_000
     for seed in range(10):
-        world = World(depth, policy, prefix_cache=seed % 5 != 4)
+        world = World(depth, policy, seed % 5 != 4, step_seconds=None if seed % 2 else 0.01)
         random_walk(world, random.Random(f"{policy}/{depth}/{seed}"), steps // 10)
         total += world.seen
         total["preemptions"] += world.scheduler.stats.preemptions
         total["cached tokens"] += world.scheduler.stats.cached_tokens
     reached = ["errors", "stop", "length", "abort", "full budget", "prefix hits", "cached tokens", "release and admit"]
-    reached.append("scored prompts")
+    reached += ["scored prompts", "late"]
+    assert total["faults"] > steps // 200
     if policy == "fused":
         reached += ["preemptions", "mixed plans"]
     assert all(total[what] >= steps // 2000 for what in reached), total
@@ -307,6 +325,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         if self.world.asked:
             self.world.abort(data.draw(st.sampled_from(sorted(self.world.asked))))
+
+    @rule()
+    def crash(self) -> None:
+        if not self.world.scheduler.isolating:
+            self.world.crash()
 
     @rule(count=st.integers(1, 6))
     def run(self, count: int) -> None:

@@ -12,12 +12,14 @@ import pytest
 
 from headrace import LLM
 from headrace.cli import console
-from headrace.cli.flags import CONFIGS, NOT_FLAGS
+from headrace.cli.flags import NOT_FLAGS
 from headrace.cli.main import COMMANDS, main
 from headrace.core.config import EngineConfig
 from headrace.core.docs import field_docs
 from headrace.core.errors import OutOfMemory, WeightsMismatch
+from headrace.core.types import SamplingParams
 from headrace.engine.model import OpenModel
+from headrace.server.config import ServeConfig
 from headrace.weights.files import map_file, mapped_file
 
 LATE = ("numpy", "tokenizers", "jinja2", "rich", "torch", "headrace.cli.generate", "headrace.engine.model")
@@ -49,11 +51,16 @@ def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[
     assert f"usage: headrace {command}" in capsys.readouterr().out
 
 
-def test_flags_say_what_their_fields_say(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "configs"), [("generate", (EngineConfig, SamplingParams)), ("serve", (EngineConfig, ServeConfig))]
+)
+def test_flags_say_what_their_fields_say(
+    command: str, configs: tuple[type, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["generate", "--help"])
+        main([command, "--help"])
     shown = "".join(capsys.readouterr().out.split())
-    for cls in CONFIGS.values():
+    for cls in configs:
         docs = field_docs(cls)
         for item in fields(cls):
             if item.name in NOT_FLAGS:

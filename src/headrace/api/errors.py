@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.core.errors import HeadraceError, InvalidParameter, UnknownParameter, UnsupportedParameter
+from headrace.core.errors import HeadraceError, InvalidParameter, UnknownParameter, UnsupportedParameter, status_of
 
 MAX_MESSAGE = 1000
 
@@ -19,17 +19,6 @@ def error_field(error: HeadraceError) -> str | None:
     if isinstance(error, InvalidParameter | UnknownParameter | UnsupportedParameter):
         return cut(error.field)
     return None
-
-
-def status_of(code: str) -> int:
-    """The HTTP status of a stable error code; 500 for one that no class has."""
-    pending: list[type[HeadraceError]] = [HeadraceError]
-    while pending:
-        cls = pending.pop()
-        if cls.code == code:
-            return cls.status
-        pending += cls.__subclasses__()
-    return 500
 
 
 def error_object(code: str, message: str, param: str | None = None) -> dict[str, Any]:

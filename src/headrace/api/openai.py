@@ -2,7 +2,7 @@
 
 A field is one of four kinds. Honoured: it shapes the answer. Inert (`INERT`): clients send it, it never has an effect
 on an answer. Unsupported (`NEUTRAL`): it would have an effect that this version does not carry out, so only the values
-that ask for nothing pass. Everything else is unknown and refused. null is the same as absent.
+that ask for nothing pass. Everything else is unknown: refused, or left aside and named. null is the same as absent.
 """
 
 from __future__ import annotations
@@ -12,12 +12,27 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from headrace.api.errors import cut
-from headrace.core.errors import InvalidParameter, ModelNotFound, UnknownParameter, UnsupportedParameter, shorten
+from headrace.api.fields import Fields, Unknown, check_unicode, refuse_unsupported
+from headrace.api.messages import read_messages
+from headrace.api.structured import read_grammar
+from headrace.api.tool_parsers import ToolParser, make_parser
+from headrace.api.tools import (
+    MISTRAL_MARKERS,
+    ToolChoice,
+    ToolSpec,
+    read_tool_choice,
+    read_tools,
+    tool_grammar,
+    tool_style,
+)
+from headrace.core.errors import InvalidParameter, ModelNotFound, UnsupportedParameter, shorten
 from headrace.core.types import MAX_LOGPROBS, Request, SamplingParams
-from headrace.engine.model import OpenModel, Prompt
+from headrace.engine.model import Message, OpenModel, Prompt
+from headrace.text.chat_tools import fit_tools
+from headrace.text.tokenizer import Tokenizer
 
 Kind = Literal["chat", "completions"]
 URLS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -36,7 +51,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -46,7 +60,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
     "verbosity": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -55,11 +68,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "grammar": (),
     "suffix": ("",),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
     "continue_final_message": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "typical_p": (1, 1.0),
     "watermark": (False,),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
@@ -71,18 +82,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 ONE_TO_ONE = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "min_tokens", "n"),
-    *("allowed_token_ids", "bad_words"),
+    *("allowed_token_ids", "bad_words", "typical_p"),
 )
 """Fields that SamplingParams takes, and checks, under the same name."""
-ROLES = ("system", "developer", "user", "assistant")
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning", "reasoning_content", "thinking"})
-MESSAGE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "refusal": (),
-    "audio": (),
-    "tool_calls": ([],),
-    "function_call": (),
-    "tool_call_id": (),
-}
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "now"}
 )
@@ -115,6 +117,18 @@ class ApiRequest:
     """A last chunk has the usage."""
     continuous_usage: bool = False
     """Every chunk has the usage."""
+    tools: tuple[ToolSpec, ...] = ()
+    """Functions that the model may call (chat)."""
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+    """Whether one answer may hold several calls."""
+    grammar: str = ""
+    """What each answer must be a word of, in llguidance's form; empty: anything. That of calls is not in it: it depends
+    on the model."""
+    truncate_prompt_tokens: int | None = None
+    """Only so many tokens of a prompt are kept, the last ones; -1: as many as leave room for the answer."""
+    ignored: tuple[str, ...] = ()
+    """Names of fields that no route knows, in printable ASCII."""
     salt: str = ""
     priority: int = 0
     timeout_s: float | None = None
@@ -125,60 +139,20 @@ class ApiRequest:
         return len(self.prompts) * self.sampling.n
 
 
-class _Fields:
-    """The fields of a body; what nobody has taken is refused at the end."""
+def read_body(kind: Kind, body: Mapping[str, Any], strict: bool = True) -> ApiRequest:
+    """A decoded JSON body as what it asks for. Raises RequestError; nothing is tokenised yet.
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._left = {name: value for name, value in body.items() if value is not None}
-
-    def take(self, name: str, default: Any = None) -> Any:
-        return self._left.pop(name, default)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.take(name, default)
-        if not isinstance(value, bool):
-            raise InvalidParameter(name, value, "true or false")
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int | None:
-        value = self.take(name)
-        if value is not None and (type(value) is not int or not low <= value <= high):
-            raise InvalidParameter(name, value, f"an integer from {low} to {high}")
-        return value
-
-    def text(self, name: str, most: int) -> str | None:
-        value = self.take(name)
-        if value is not None and (not isinstance(value, str) or not value or len(value) > most):
-            raise InvalidParameter(name, value, f"a string of 1 to {most} characters")
-        return value
-
-    def finish(self, where: str) -> None:
-        """Raises UnsupportedParameter or UnknownParameter for what is left."""
-        left = {name: value for name, value in self._left.items() if name not in INERT}
-        refuse_unsupported(left, NEUTRAL)
-        for name in left:
-            if name not in NEUTRAL:
-                raise UnknownParameter(name, where)
+    `strict`: refuse fields that no route knows; otherwise they are named in `ignored`.
+    """
+    return (read_chat if kind == "chat" else read_completions)(body, strict)
 
 
-def refuse_unsupported(fields: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]], prefix: str = "") -> None:
-    """Raises UnsupportedParameter for a field of `neutral` with another value than those that ask for nothing."""
-    for name, value in fields.items():
-        values = neutral.get(name)
-        if values is not None and not any(type(value) is type(one) and value == one for one in values):
-            allowed = " or ".join(["to leave it out", *(repr(one) for one in values)])
-            raise UnsupportedParameter(prefix + name, value, allowed)
-
-
-def read_body(kind: Kind, body: Mapping[str, Any]) -> ApiRequest:
-    """A decoded JSON body as what it asks for. Raises RequestError; nothing is tokenised yet."""
-    return read_chat(body) if kind == "chat" else read_completions(body)
-
-
-def read_chat(body: Mapping[str, Any]) -> ApiRequest:
+def read_chat(body: Mapping[str, Any], strict: bool = True) -> ApiRequest:
     """A body of /v1/chat/completions. Raises RequestError."""
-    fields = _Fields(body)
-    messages = _messages(fields.take("messages"))
+    unknown = Unknown(strict)
+    fields = Fields(body, unknown)
+    check_unicode(body)
+    messages = read_messages(fields.take("messages"), unknown)
     max_tokens = fields.take("max_tokens")
     max_tokens = fields.take("max_completion_tokens", max_tokens)
     wanted = fields.flag("logprobs")
@@ -186,18 +160,37 @@ def read_chat(body: Mapping[str, Any]) -> ApiRequest:
     if top is not None and not wanted:
         raise InvalidParameter("top_logprobs", top, "a number only beside logprobs: true")
     variables = _variables(fields)
+    tools = read_tools(fields.take("tools"), unknown)
+    choice = read_tool_choice(fields.take("tool_choice"), tools, unknown)
+    parallel = fields.flag("parallel_tool_calls", True)
     refuse_unsupported({"echo": fields.take("echo", False)}, {"echo": (False,)})
     refuse_unsupported({"add_special_tokens": fields.flag("add_special_tokens")}, {"add_special_tokens": (False,)})
-    return _common(
-        fields, "chat", (messages,), max_tokens=max_tokens, logprobs=(top or 0) if wanted else None, variables=variables
+    request = _common(
+        fields,
+        unknown,
+        "chat",
+        (messages,),
+        max_tokens=max_tokens,
+        logprobs=(top or 0) if wanted else None,
+        variables=variables,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
     )
+    if request.grammar and choice.mode != "none":
+        name = "response_format" if body.get("response_format") is not None else "structured_outputs"
+        raise InvalidParameter(name, body[name], "one that leaves the answer free beside tools, or tool_choice: none")
+    return request
 
 
-def read_completions(body: Mapping[str, Any]) -> ApiRequest:
+def read_completions(body: Mapping[str, Any], strict: bool = True) -> ApiRequest:
     """A body of /v1/completions. Raises RequestError."""
-    fields = _Fields(body)
+    unknown = Unknown(strict)
+    fields = Fields(body, unknown)
+    check_unicode(body)
     return _common(
         fields,
+        unknown,
         "completions",
         _prompts(fields.take("prompt")),
         max_tokens=fields.take("max_tokens", COMPLETION_MAX_TOKENS),
@@ -208,7 +201,8 @@ def read_completions(body: Mapping[str, Any]) -> ApiRequest:
 
 
 def _common(
-    fields: _Fields,
+    fields: Fields,
+    unknown: Unknown,
     kind: Kind,
     prompts: tuple[Prompt, ...],
     *,
@@ -230,7 +224,11 @@ def _common(
         raise UnsupportedParameter("best_of", best_of, f"n ({sampling.n}), or to leave it out")
     if len(prompts) * sampling.n > MAX_CHOICES:
         raise InvalidParameter("n", sampling.n, f"prompts × n up to {MAX_CHOICES}")
-    stream, usage, continuous = _stream(fields)
+    truncate = fields.integer("truncate_prompt_tokens", -1, 2**31 - 1)
+    if truncate == 0 or (truncate is not None and echo):
+        allowed = "to leave it out beside echo" if echo else "-1, or a number of tokens from 1 on"
+        raise InvalidParameter("truncate_prompt_tokens", truncate, allowed)
+    stream, usage, continuous = _stream(fields, unknown)
     request = ApiRequest(
         kind=kind,
         model=fields.text("model", 1024),
@@ -246,13 +244,20 @@ def _common(
         salt=fields.text("cache_salt", 1024) or "",
         priority=fields.integer("priority", -(2**31), 2**31 - 1) or 0,
         timeout_s=_timeout(fields.take("timeout")),
+        grammar=_grammar(fields),
+        truncate_prompt_tokens=truncate,
         **form,
     )
-    fields.finish("this body")
-    return request
+    fields.finish("this body", INERT, NEUTRAL)
+    return replace(request, ignored=tuple(unknown.names))
 
 
-def _stream(fields: _Fields) -> tuple[bool, bool, bool]:
+def _grammar(fields: Fields) -> str:
+    """Of `response_format` and `structured_outputs`; empty where they leave the answer free. Raises RequestError."""
+    return read_grammar(fields.take("response_format"), fields.take("structured_outputs"))
+
+
+def _stream(fields: Fields, unknown: Unknown) -> tuple[bool, bool, bool]:
     """(stream, usage in a last chunk, usage in every chunk)."""
     stream = fields.flag("stream")
     options = fields.take("stream_options")
@@ -262,7 +267,7 @@ def _stream(fields: _Fields) -> tuple[bool, bool, bool]:
         raise InvalidParameter("stream_options", options, "an object")
     if not stream:
         raise InvalidParameter("stream_options", options, "an object only beside stream: true")
-    inside = _Fields(options)
+    inside = Fields(options, unknown, "stream_options.")
     usage, continuous = inside.flag("include_usage"), inside.flag("continuous_usage_stats")
     inside.take("include_obfuscation")  # padding against eavesdroppers; there is none here
     inside.finish("stream_options")
@@ -305,45 +310,7 @@ def _are_ids(values: Iterable[object]) -> bool:
     return all(type(value) is int for value in values)
 
 
-def _messages(value: object) -> tuple[Mapping[str, object], ...]:
-    if not isinstance(value, list) or not value:
-        raise InvalidParameter("messages", value, "a list of at least one message")
-    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(value))
-
-
-def _message(message: object, where: str) -> Mapping[str, object]:
-    if not isinstance(message, dict):
-        raise InvalidParameter(where, message, "an object with role and content")
-    given = {name: value for name, value in message.items() if value is not None}
-    role = given.get("role")
-    if role in ("tool", "function"):
-        raise UnsupportedParameter(f"{where}.role", role, ", ".join(ROLES))
-    if role not in ROLES:
-        raise InvalidParameter(f"{where}.role", role, ", ".join(ROLES))
-    refuse_unsupported(given, MESSAGE_NEUTRAL, prefix=f"{where}.")
-    for name, value in given.items():
-        if name not in MESSAGE_FIELDS and name not in MESSAGE_NEUTRAL:
-            raise UnknownParameter(f"{where}.{cut(name)}", "a message")
-        if name != "content" and name in MESSAGE_FIELDS and not isinstance(value, str):
-            raise InvalidParameter(f"{where}.{name}", value, "a string")
-    _check_content(given.get("content"), f"{where}.content")
-    return {name: value for name, value in given.items() if name in MESSAGE_FIELDS}
-
-
-def _check_content(content: object, where: str) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list) or not content:
-        raise InvalidParameter(where, content, "a string, or a list of text parts")
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise UnsupportedParameter(f"{where}[{i}].type", kind, "text")
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise InvalidParameter(f"{where}[{i}]", part, 'an object {"type": "text", "text": …}')
-
-
-def _variables(fields: _Fields) -> dict[str, object]:
+def _variables(fields: Fields) -> dict[str, object]:
     """What the chat template is given. A client brings no template: it would run here, on everyone's machine."""
     template = fields.take("chat_template")
     if template is not None:
@@ -362,7 +329,13 @@ def _variables(fields: _Fields) -> dict[str, object]:
         if not isinstance(documents, list) or not all(isinstance(one, dict) for one in documents):
             raise InvalidParameter("documents", documents, "a list of objects")
         variables["documents"] = documents
-    if not fields.flag("add_generation_prompt", True):
+    continued = fields.flag("continue_final_message")
+    prompted = fields.flag("add_generation_prompt", not continued)
+    if continued:
+        if prompted:
+            raise InvalidParameter("add_generation_prompt", True, "false beside continue_final_message: true")
+        variables["continue_final_message"] = True
+    if not prompted:
         variables["add_generation_prompt"] = False
     return variables
 
@@ -383,21 +356,69 @@ def engine_requests(
     arrival_s: float = 0.0,
     adapter: str = "",
     now: datetime | None = None,
+    tool_parser: str = "auto",
 ) -> tuple[Request, ...]:
     """One engine request a choice, numbered prompt × n + i; their ids begin with `label`. `now`: what the template's
-    clock says, the machine's own time if None. Raises RequestError."""
+    clock says, the machine's own time if None. `tool_parser`: how the model writes calls (`api.tools.tool_style`).
+    Raises RequestError."""
+    grammar = request.grammar or _call_grammar(request, opened, tool_parser)
     found: list[Request] = []
     for index, prompt in enumerate(request.prompts):
-        ids = _encode(request, opened, prompt, now)
+        ids = _truncated(request, opened, _encode(request, opened, prompt, now))
         for one in opened.requests(f"{label}/{index}", ids, request.sampling, arrival_s, adapter):
             deadline_s = None if request.timeout_s is None else arrival_s + request.timeout_s
-            found.append(replace(one, salt=request.salt, priority=request.priority, deadline_s=deadline_s))
+            found.append(
+                replace(one, salt=request.salt, priority=request.priority, deadline_s=deadline_s, grammar=grammar)
+            )
     return tuple(found)
 
 
 def _encode(request: ApiRequest, opened: OpenModel, prompt: Prompt, now: datetime | None) -> Prompt:
     if request.kind == "chat":
-        return opened.tokenizer.chat(prompt, now=now, **request.variables)  # type: ignore[arg-type]
+        messages = cast("Sequence[Message]", prompt)
+        described = [tool.described() for tool in request.tools] if request.tool_choice.mode != "none" else []
+        shown = None
+        if described or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            messages, shown = fit_tools(opened.tokenizer.chat_template or "", messages, described)
+        return opened.tokenizer.chat(messages, now=now, tools=shown, **request.variables)
     if isinstance(prompt, str) and not request.add_special_tokens:
         return opened.tokenizer.encode(prompt, add_special_tokens=False)
     return prompt
+
+
+def _truncated(request: ApiRequest, opened: OpenModel, prompt: Prompt) -> Prompt:
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most < 0:
+        longest, answer = opened.limits.max_model_len, request.sampling.max_tokens or 1
+        most = longest - answer if answer < longest else longest - 1  # a longer answer is cut anyway
+    return opened.encode(prompt)[-most:]
+
+
+def _call_grammar(request: ApiRequest, opened: OpenModel, tool_parser: str) -> str:
+    """The grammar of the calls that the body requires; empty if it requires none."""
+    if request.tool_choice.mode not in ("required", "named"):
+        return ""
+    style = tool_style(opened.tokenizer.chat_template, tool_parser)
+    markers = _special_ids(opened.tokenizer, MISTRAL_MARKERS) if style == "mistral" else {}
+    return tool_grammar(request.tools, request.tool_choice, style, request.parallel_tool_calls, markers)
+
+
+def call_parsers(request: ApiRequest, opened: OpenModel, tool_parser: str = "auto") -> list[ToolParser] | None:
+    """What reads the calls out of each choice; None where no tools are offered."""
+    if not request.tools:
+        return None
+    style = tool_style(opened.tokenizer.chat_template, tool_parser)
+    tools, choice, parallel = request.tools, request.tool_choice, request.parallel_tool_calls
+    return [make_parser(style, tools, choice, parallel) for _ in range(request.choices)]
+
+
+def _special_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, int]:
+    """Those of the texts that are special tokens, which no text of an answer shows."""
+    found: dict[str, int] = {}
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) == 1 and not tokenizer.tokens(ids, skip_special_tokens=True):
+            found[text] = ids[0]
+    return found

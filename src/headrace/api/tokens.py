@@ -54,17 +54,22 @@ class TokenNames:
         return (detokenizer.push([token_id]) + detokenizer.finish()).encode()
 
 
-def offsets(tokenizer: Tokenizer | None, ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
-    """Where each token begins in the text of `ids`, in characters."""
-    if tokenizer is None:
-        return [0] * len(ids)
-    detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-    found: list[int] = []
-    length = 0
-    for token_id in ids:
-        found.append(length)
-        length += len(detokenizer.push([token_id]))
-    return found
+class Offsets:
+    """Where tokens begin in a text, as they come."""
+
+    def __init__(self, tokenizer: Tokenizer | None, skip_special_tokens: bool) -> None:
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, skip_special_tokens)
+        self._length = 0
+
+    def push(self, ids: Sequence[int]) -> list[int]:
+        """Of each of the next tokens, how many characters are certain before it."""
+        if self._detokenizer is None:
+            return [0] * len(ids)
+        found: list[int] = []
+        for token_id in ids:
+            found.append(self._length)
+            self._length += len(self._detokenizer.push([token_id]))
+        return found
 
 
 def prompt_text(tokenizer: Tokenizer | None, ids: Sequence[int], given: str | None) -> tuple[str, bool]:

@@ -37,7 +37,8 @@ class BackendOptions:
 class Backend(Protocol):
     """Executes one plan after another on one rank. A row's error is data (RowOut.error), never an exception.
 
-    `submit` raises only if the device itself is gone, or EngineError for a plan that breaks the protocol.
+    `submit` and `result` raise BackendUnavailable if the device itself is gone. Whatever else they raise (EngineError
+    for a plan that breaks the protocol, MemoryError, an exception of a library) may be a row's fault: `reset` follows.
     """
 
     name: str
@@ -60,6 +61,13 @@ class Backend(Protocol):
 
     def result(self) -> StepResult:
         """Waits for the oldest unanswered plan."""
+
+    def reset(self) -> None:
+        """Forgets every row and every unanswered plan, whatever state an exception of `submit` or `result` left.
+
+        KV blocks keep what answered plans wrote; what an unanswered plan was to write is of no use. Adapters stay.
+        Raises EngineError if that is not possible.
+        """
 
     def probe(self) -> Mapping[str, object]:
         """What was found on this machine: device, library versions, instruction sets."""

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from headrace.api.answers import Stamp, answer_body
-from headrace.api.errors import error_body, error_object, status_of
+from headrace.api.errors import error_body, error_object
 from headrace.api.json import dump
-from headrace.api.openai import ApiRequest, check_model, engine_requests
+from headrace.api.openai import ApiRequest, call_parsers, check_model, engine_requests
 from headrace.batch.identity import Identity, identify, line_seed
 from headrace.batch.journal import Journal
 from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, line_error, read_lines
 from headrace.batch.outputs import Paths, is_finished, write_outputs
-from headrace.core.errors import ConfigError, EngineError, HeadraceError, ModelNotFound, RequestError
+from headrace.core.errors import ConfigError, EngineError, HeadraceError, ModelNotFound, RequestError, status_of
 from headrace.core.types import ErrorEvent, Event, TokenEvent
 from headrace.engine.answer import Answer, Completion
 from headrace.engine.client import InProcessClient
+from headrace.engine.grammars import Grammars
 from headrace.engine.model import OpenModel
 
 
@@ -217,7 +218,7 @@ class _Run:
     def _running_client(self) -> InProcessClient:
         """Loads the weights when the first line needs them."""
         if self._client is None:
-            core, self.report.load_s = self._opened.start()
+            core, self.report.load_s = self._opened.start(grammars=Grammars(self._opened.vocabulary))
             self._client = InProcessClient(core)
         return self._client
 
@@ -257,7 +258,8 @@ class _Run:
         stamp = Stamp(identity.answer_id(flight.line), self._created, flight.model, identity.system_fingerprint)
         tokenizer = self._opened.tokenizer if self._opened.has_text else None
         # What the cache held depends on which lines ran before: the only thing that would differ after a restart.
-        body = answer_body(flight.request, stamp, completions, tokenizer, cached_tokens=False)
+        parsers = call_parsers(flight.request, self._opened)
+        body = answer_body(flight.request, stamp, completions, tokenizer, cached_tokens=False, parsers=parsers)
         usage = body["usage"]
         self._keep(flight.line, flight.custom_id, 200, body, usage["prompt_tokens"], usage["completion_tokens"])
 

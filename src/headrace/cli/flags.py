@@ -14,7 +14,19 @@ from headrace.core.types import SamplingParams
 TYPES: Mapping[str, type] = {"int": int, "int | None": int, "float": float, "str": str}
 NOT_FLAGS = frozenset({"stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_ids", "skip_special_tokens"})
 """Fields of SamplingParams that are given in a file of prompts, not on the command line."""
-CONFIGS: Mapping[str, type] = {"EngineConfig": EngineConfig, "SamplingParams": SamplingParams}
+
+
+class FieldName(str):
+    """The name of a field of a config, as the help of its flag, until somebody reads it."""
+
+    __slots__ = ("config",)
+
+    def __new__(cls, config: type, name: str) -> FieldName:
+        self = super().__new__(cls, name)
+        self.config = config
+        return self
+
+    config: type
 
 
 class FieldHelp(argparse.HelpFormatter):
@@ -22,21 +34,22 @@ class FieldHelp(argparse.HelpFormatter):
 
     def __init__(self, prog: str, *settings: Any, **more: Any) -> None:
         super().__init__(prog, *settings, **more)
-        self._helps: dict[str, Mapping[str, str]] = {}
+        self._helps: dict[type, Mapping[str, str]] = {}
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        kind, _, name = (action.help or "").partition(".")
-        if kind not in CONFIGS:
-            return action.help
-        if kind not in self._helps:
-            docs = field_docs(CONFIGS[kind])
-            self._helps[kind] = {item.name: _help(item, docs[item.name]) for item in fields(CONFIGS[kind])}
-        return self._helps[kind][name]
+        name = action.help
+        if not isinstance(name, FieldName):
+            return name
+        config = name.config
+        if config not in self._helps:
+            docs = field_docs(config)
+            self._helps[config] = {item.name: _help(item, docs[item.name]) for item in fields(config)}
+        return self._helps[config][name]
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """MODEL and a flag for each other field of EngineConfig."""
-    parser.add_argument("model", metavar="MODEL", help="EngineConfig.model")
+    parser.add_argument("model", metavar="MODEL", help=FieldName(EngineConfig, "model"))
     _add_all(parser, "engine", EngineConfig, ("model", *leave_out))
 
 
@@ -45,16 +58,20 @@ def add_sampling_flags(parser: argparse.ArgumentParser, leave_out: tuple[str, ..
     _add_all(parser, "sampling", SamplingParams, (*NOT_FLAGS, *leave_out))
 
 
+def add_flags(parser: argparse.ArgumentParser, title: str, config: type) -> None:
+    """A flag for each field of a config."""
+    _add_all(parser, title, config, ())
+
+
 def _add_all(parser: argparse.ArgumentParser, title: str, cls: type, leave_out: tuple[str, ...]) -> None:
     group = parser.add_argument_group(title)
     for item in fields(cls):
         if item.name not in leave_out:
-            _add(group, item, f"{cls.__name__}.{item.name}")
+            _add(group, item, FieldName(cls, item.name))
     parser.formatter_class = FieldHelp
 
 
-def _add(group: argparse._ArgumentGroup, item: Field[Any], where: str) -> None:
-    """`where`: the field, which `FieldHelp` looks up."""
+def _add(group: argparse._ArgumentGroup, item: Field[Any], where: FieldName) -> None:
     flag = "--" + item.metadata.get("flag", item.name).replace("_", "-")
     if item.default is False:
         group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=where)

@@ -19,6 +19,7 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 COMMANDS: Mapping[str, str] = {
     "generate": "answer prompts offline",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model over the OpenAI and TGI HTTP APIs",
     "batch": "answer a file of OpenAI batch lines, durably",
     "compare": "run the same questions under every method, with proof and times",
     "doctor": "what this machine has, and what headrace will use",

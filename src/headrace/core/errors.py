@@ -17,7 +17,23 @@ HeadraceError                     500 internal_error
 │   ├── EmptyPrompt               400 empty_prompt
 │   ├── NoTokenAllowed            400 no_token_allowed
 │   ├── TemplateError             400 template_error
-│   └── InputFileError            400 bad_input_file
+│   ├── GrammarError              400 invalid_grammar        not a grammar, or too costly to follow
+│   ├── InputFileError            400 bad_input_file
+│   ├── Unauthorized              401 unauthorized           (this and those below: of the HTTP edge)
+│   ├── RouteNotFound             404 not_found
+│   ├── MethodNotAllowed          405 method_not_allowed
+│   ├── RequestTimeout            408 request_timeout        headers or body did not arrive in time
+│   ├── BodyTooLarge              413 body_too_large
+│   ├── UnsupportedMediaType      415 unsupported_media_type
+│   ├── UpgradeRefused            426 upgrade_refused
+│   ├── HeadersTooLarge           431 headers_too_large
+│   ├── QueueTimeout              408 queue_timeout          waited too long to join the running batch
+│   └── DeadlineExceeded          408 deadline_exceeded      the request's own deadline passed
+├── Unavailable                   503 unavailable            not now; says when to try again
+│   ├── QueueFull                 429 queue_full
+│   ├── NotReady                  503 not_ready
+│   ├── ShuttingDown              503 server_shutting_down
+│   └── TooManyConnections        503 too_many_connections
 ├── ModelError                    422 bad_model              the checkpoint is at fault
 │   ├── ModelNotFound             404 model_not_found
 │   ├── CheckpointError           422 bad_checkpoint
@@ -145,8 +161,98 @@ class TemplateError(RequestError):
     code = "template_error"
 
 
+class GrammarError(RequestError):
+    """What the answer must look like cannot be read, or costs too much to follow."""
+
+    code = "invalid_grammar"
+
+
 class InputFileError(RequestError):
     code = "bad_input_file"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    code = "unauthorized"
+
+
+class RouteNotFound(RequestError):
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class RequestTimeout(RequestError):
+    """The headers or the body of a request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class UpgradeRefused(RequestError):
+    status = 426
+    code = "upgrade_refused"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
+
+
+class QueueTimeout(RequestError):
+    """The request waited too long to join the running batch."""
+
+    status = 408
+    code = "queue_timeout"
+
+
+class DeadlineExceeded(RequestError):
+    """The request's own deadline passed before its answer was complete."""
+
+    status = 408
+    code = "deadline_exceeded"
+
+
+class Unavailable(HeadraceError):
+    """The server cannot take the request now; `retry_after_s` (seconds) is when to try again."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Unavailable):
+    status = 429
+    code = "queue_full"
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
+
+
+class ShuttingDown(Unavailable):
+    code = "server_shutting_down"
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
 
 
 class ModelError(HeadraceError):
@@ -220,3 +326,30 @@ class OutOfMemory(EngineError):
 class BackendUnavailable(EngineError):
     status = 503
     code = "backend_unavailable"
+
+
+class ClientGone(HeadraceError):
+    """Nobody is left to read the answer."""
+
+    status = 499
+    code = "client_gone"
+
+
+class CodedError(HeadraceError):
+    """An error that has crossed from another process: code, status and message are those it had there."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code  # type: ignore[misc]
+        self.status = status_of(code)  # type: ignore[misc]
+
+
+def status_of(code: str) -> int:
+    """The HTTP status of a stable error code; 500 for one that no class has."""
+    pending: list[type[HeadraceError]] = [HeadraceError]
+    while pending:
+        cls = pending.pop()
+        if cls.code == code:
+            return cls.status
+        pending += cls.__subclasses__()
+    return 500

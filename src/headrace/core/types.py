@@ -204,8 +204,13 @@ class Request:
     """Lower goes first; ties by arrival."""
     deadline_s: float | None = None
     """On the engine's monotonic clock; a request unfinished by then ends with `deadline_exceeded`."""
+    join_by_s: float | None = None
+    """On the engine's monotonic clock; a request that has not joined the running batch by then ends with
+    `queue_timeout`."""
     arrival_s: float = 0.0
     """On the engine's monotonic clock."""
+    grammar: str = ""
+    """What the answer must be a word of: a grammar in llguidance's own form (Lark, or its JSON); empty: anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +364,8 @@ class FinishEvent:
     time_s: float
     stop_id: int | None = None
     """The token id that ended it, where one did."""
+    joined_s: float | None = None
+    """When it first joined the running batch; None: it never did."""
 
 
 @dataclass(frozen=True, slots=True)

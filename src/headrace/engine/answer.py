@@ -41,6 +41,8 @@ class Completion:
     """One a token of the prompt, where asked for; None for the first, which nothing precedes."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was reused."""
+    queue_s: float | None = None
+    """Seconds from arrival to joining the running batch."""
     ttft_s: float | None = None
     """Seconds from arrival (queueing included) to the first token."""
     latency_s: float | None = None
@@ -48,6 +50,17 @@ class Completion:
     decode_tokens_per_s: float | None = None
     """(tokens - 1) / (last token - first token)."""
     error: RequestFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of an answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """A token may come before its text does: half a character waits, and what a stop string may take back."""
+    logprobs: tuple[TokenLogprobs, ...]
+    """One a token, where asked for."""
 
 
 class Answer:
@@ -71,6 +84,7 @@ class Answer:
         self._told = 0
         """Tokens that are in the text."""
         self._taken = 0
+        self._taken_tokens = 0
         self._first_s: float | None = None
         self._last_s: float | None = None
         self._stopped = False
@@ -111,6 +125,23 @@ class Answer:
         self._taken = len(self._text)
         return new
 
+    def take(self) -> Delta:
+        """What is new since the last call; after `end`, the rest. Joined, all of them are the Completion."""
+        start, self._taken_tokens = self._taken_tokens, len(self._token_ids)
+        return Delta(self.take_text(), tuple(self._token_ids[start:]), tuple(self._logprobs[start:]))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self._token_ids)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Of the prompt's tokens, where asked for; complete with the first token of the answer."""
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        return (None, *self._prompt_logprobs)
+
     def end(self, event: FinishEvent | ErrorEvent) -> Completion:
         """The terminal event: nothing comes after it."""
         error = RequestFailure(event.code, event.message) if isinstance(event, ErrorEvent) else None
@@ -125,6 +156,7 @@ class Answer:
         if self._first_s is not None and self._last_s is not None and self._last_s > self._first_s:
             rate = (count - 1) / (self._last_s - self._first_s)
         sampling = self.request.sampling
+        joined_s = None if isinstance(event, ErrorEvent) else event.joined_s
         return Completion(
             index=self.index,
             choice=self.choice,
@@ -134,8 +166,9 @@ class Answer:
             finish_reason=None if isinstance(event, ErrorEvent) else str(event.reason),
             seed=sampling.seed,
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
-            prompt_logprobs=None if sampling.prompt_logprobs is None else (None, *self._prompt_logprobs),
+            prompt_logprobs=self.prompt_logprobs,
             cached_tokens=0 if isinstance(event, ErrorEvent) else event.cached_tokens,
+            queue_s=None if joined_s is None else joined_s - self._arrival_s,
             ttft_s=None if self._first_s is None else self._first_s - self._arrival_s,
             latency_s=event.time_s - self._arrival_s,
             decode_tokens_per_s=rate,

@@ -37,6 +37,8 @@ from headrace.weights.loader import stream
 from headrace.weights.qtensor import QTensor
 
 if TYPE_CHECKING:
+    from headrace.engine.grammars import Grammars
+    from headrace.text.grammar import Vocabulary
     from headrace.weights.lora import Adapter
 
 Message = Mapping[str, object]
@@ -101,6 +103,12 @@ class OpenModel:
             where = "tokenizer.ggml.model" if self.checkpoint.format == "gguf" else "tokenizer.json"
             raise RequestError(f"this model has no tokenizer ({where} is missing): give prompt_token_ids, and no stop")
         return load_tokenizer(self.checkpoint)
+
+    def vocabulary(self) -> Vocabulary:
+        """Every token in bytes, for grammars. Raises RequestError if the model comes without a tokenizer."""
+        from headrace.text.vocabulary import build_vocabulary
+
+        return build_vocabulary(self.tokenizer, self.spec.vocab_size)
 
     def close(self) -> None:
         """Gives the files back, and ends what the tokenizer runs. Idempotent."""
@@ -197,9 +205,20 @@ class OpenModel:
                 self._begun = load
         self._begin_s = time.monotonic() - began
 
-    def start(self, on_progress: OnProgress | None = None) -> tuple[EngineCore, float]:
-        """Loads the weights. Returns the engine and the seconds that it, and `begin`, took. Raises ModelError or
-        EngineError."""
+    def start(
+        self,
+        on_progress: OnProgress | None = None,
+        *,
+        eos_token_ids: frozenset[int] | None = None,
+        step_seconds: float | None = None,
+        grammars: Grammars | None = None,
+    ) -> tuple[EngineCore, float]:
+        """Loads the weights. Returns the engine and the seconds that it, and `begin`, took.
+
+        `eos_token_ids`: where they are known already, no tokenizer is read for them. `step_seconds`: how long a step
+        should take at most; None: as long as it is fastest. `grammars`: None: requests with one are refused.
+        Raises ModelError or EngineError.
+        """
         began = time.monotonic()
         config = self.config
         arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
@@ -207,8 +226,10 @@ class OpenModel:
         backend, capacity = self.load_backend(config.backend, self._options(), on_progress)
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
-        scheduler = Scheduler(capacity, config.max_model_len, self.eos_token_ids, policy, cache)
-        return EngineCore(backend, scheduler, self.limits), time.monotonic() - began + self._begin_s
+        eos_ids = self.eos_token_ids if eos_token_ids is None else eos_token_ids
+        scheduler = Scheduler(capacity, config.max_model_len, eos_ids, policy, cache, step_seconds)
+        core = EngineCore(backend, scheduler, self.limits, grammars=grammars)
+        return core, time.monotonic() - began + self._begin_s
 
     def load_backend(
         self, name: str, options: BackendOptions, on_progress: OnProgress | None = None

@@ -28,6 +28,11 @@ class BlockPool:
         """Blocks that `allocate` could hand out now."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def num_held(self) -> int:
+        """Blocks with a holder."""
+        return self.num_blocks - self.available
+
     def refs(self, block: int) -> int:
         return self._refs[block]
 
@@ -70,6 +75,13 @@ class BlockPool:
                     self._idle[block] = None
                 else:
                     self._free.append(block)
+
+    def clear(self) -> None:
+        """Every block is free, whoever held it."""
+        self._refs = [0] * self.num_blocks
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._idle.clear()
+        self._kept.clear()
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless the pool agrees with the block tables of all live sequences."""

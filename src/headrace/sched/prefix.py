@@ -90,6 +90,12 @@ class PrefixCache:
                 self._evict(block)
                 self.pool.forget(block)
 
+    def clear(self) -> None:
+        """Nothing is found any more, and every block is free. Nobody may hold one."""
+        self._by_key.clear()
+        self._by_block.clear()
+        self.pool.clear()
+
     def _evict(self, block: int) -> None:
         del self._by_key[self._by_block.pop(block).key]
 

@@ -8,17 +8,18 @@
     laws       docs/CONTRACTS.md §1: rows and blocks come back only when the last step that names them is committed;
                a block is published at the commit of the step that filled it; a failed row's blocks never are
     order      plan() may run before commit() of up to depth - 1 earlier plans; commits come in the order of plans
+    faults     after a step that raised, recover() takes everyone back to the queue, and isolation.py finds out whose
+               fault it was; until then (`isolating`) each plan is committed before the next is made
 
 Nothing here knows tensors, text or threads. Methods do not block.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 
+from headrace.core.metrics import EngineStats
 from headrace.core.types import (
     Admit,
     Capacity,
@@ -33,47 +34,34 @@ from headrace.core.types import (
     StepResult,
     TokenEvent,
 )
+from headrace.sched.admission import Admission
+from headrace.sched.flight import Flight, Span
+from headrace.sched.isolation import Isolation
+from headrace.sched.pace import Pace
 from headrace.sched.policy import Policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.sequence import Sequence, Status
+from headrace.sched.stats import SchedulerStats
 from headrace.sched.stop import stop_reason
+from headrace.sched.timers import Timers, overdue
 
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Totals since the start."""
-
-    iterations: int = 0
-    """Plans that computed at least one token."""
-    computed_tokens: int = 0
-    cached_tokens: int = 0
-    """Tokens whose KV was found in the prefix cache instead of being computed."""
-    preemptions: int = 0
-
-
-@dataclass(slots=True)
-class _Span:
-    """What a plan lets one row do."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    sampled: bool
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A plan that is not committed yet."""
-
-    step: int
-    spans: dict[int, _Span] = field(default_factory=dict)
+__all__ = ["Scheduler", "SchedulerStats"]
 
 
 class Scheduler:
-    """One backend's scheduler. `eos_ids` end every request that does not ignore them."""
+    """One backend's scheduler. `eos_ids` end every request that does not ignore them.
+
+    `step_seconds`: a step is to take about so long at most (pace.py); None: steps are as large as the capacity allows.
+    """
 
     def __init__(
-        self, capacity: Capacity, max_model_len: int, eos_ids: frozenset[int], policy: Policy, cache: PrefixCache
+        self,
+        capacity: Capacity,
+        max_model_len: int,
+        eos_ids: frozenset[int],
+        policy: Policy,
+        cache: PrefixCache,
+        step_seconds: float | None = None,
     ) -> None:
         if capacity.max_tokens < capacity.max_rows:
             raise ValueError(f"max_tokens {capacity.max_tokens} must be ≥ max_rows {capacity.max_rows}")
@@ -87,15 +75,19 @@ class Scheduler:
         self._policy = policy
         self._cache = cache
         self._pool = cache.pool
+        self._admission = Admission(cache)
         self._sequences: dict[str, Sequence] = {}
         self._num_fresh = 0
-        self._deadlines: list[tuple[float, int, str]] = []
+        self._timers = Timers()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._leaving: list[Sequence] = []
         self._free_rows = list(range(capacity.max_rows - 1, -1, -1))
         self._release: list[int] = []
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
+        self._isolation = Isolation()
+        share = capacity.max_tokens // capacity.max_rows
+        self._pace = None if step_seconds is None else Pace(step_seconds, capacity.max_tokens, share)
         self._events: list[Event] = []
         self._arrivals = 0
         self._step = 0
@@ -124,8 +116,7 @@ class Scheduler:
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self._num_fresh += 1
-        if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, sequence.number, request.id))
+        self._timers.add(request, sequence.number)
         insort(self._waiting, sequence, key=lambda s: s.place)
 
     def abort(self, request_id: str, now_s: float) -> None:
@@ -177,19 +168,41 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def isolating(self) -> bool:
+        """Whether a fault is being looked into."""
+        return self._isolation.active
+
     def wake_s(self) -> float | None:
-        """When a plan may become possible with nothing but time passing; None: only through add() or commit()."""
+        """When plan() may do something with nothing but time passing; None: not before add() or commit()."""
         oldest = self._oldest_fresh()
-        return None if oldest is None else self._policy.wake_s(self._active(), oldest.request.arrival_s)
+        opens_s = None if oldest is None else self._policy.wake_s(self._active(), oldest.request.arrival_s)
+        return None if opens_s is None else min(opens_s, self._timers.next_s())
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
+
+    def planned(self, row: int) -> Sequence:
+        """Whose row it is in the newest plan."""
+        return self._flights[-1].spans[row].sequence
+
+    def engine_stats(self) -> EngineStats:
+        """Totals, and how things stand now."""
+        return self.stats.report(len(self._running), len(self._waiting), self._pool, self._capacity.block_size)
 
     # ------------------------------------------------------------ plan
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None where there is nothing to compute now."""
-        if self._deadlines:
-            self._expire(now_s)
-        flight = _Flight(self._step)
+        self._expire(now_s)
+        if self._isolation.active:
+            self._isolation.proceed()
+            for sequence in self._isolation.parked(self._running):
+                self._preempt(sequence)
+        flight = Flight(self._step)
+        fresh = self._num_fresh
         admits = self._join(now_s) if self._waiting else []
+        flight.num_joined = fresh - self._num_fresh
         rows = self._spread(flight)
         if not rows:
             return None
@@ -209,7 +222,7 @@ class Scheduler:
         admits: list[Admit] = []
         passed = 0
         quota = 0
-        if oldest := self._oldest_fresh():
+        if (oldest := self._oldest_fresh()) and not self._isolation.active:
             waiting = min(self._num_fresh, self._capacity.max_rows)
             quota = self._policy.quota(waiting, self._active(), oldest.request.arrival_s, now_s)
         while passed < len(self._waiting) and self._free_rows:
@@ -219,11 +232,14 @@ class Scheduler:
                     break
                 passed += 1
                 continue
-            cached = self._match(sequence)
-            if passed < self._capacity.max_rows and self._is_coming(sequence, len(cached)):
+            if not self._isolation.allows(sequence):
                 passed += 1
                 continue
-            if not self._room_for(sequence, cached):
+            cached = self._admission.match(sequence)
+            if passed < self._capacity.max_rows and self._admission.is_coming(sequence, len(cached), self._running):
+                passed += 1
+                continue
+            if not self._admission.room_for(sequence, cached, self._running):
                 break
             del self._waiting[passed]
             if not sequence.was_admitted:
@@ -231,37 +247,6 @@ class Scheduler:
                 self._policy.joined()
             admits.append(self._admit(sequence, cached))
         return admits
-
-    def _match(self, sequence: Sequence) -> list[int]:
-        """Blocks that need not be computed: none while its prompt's log-probabilities are wanted, for a block holds no
-        logits."""
-        if sequence.unscored:
-            return []
-        return self._cache.match(sequence.root_key, sequence.tokens, sequence.request.images)
-
-    def _is_coming(self, sequence: Sequence, num_cached: int) -> bool:
-        """Whether a running row will publish the block after its first `num_cached`: to wait is to find it."""
-        stop = (num_cached + 1) * self._capacity.block_size
-        tokens = sequence.tokens
-        if not self._cache.enabled or sequence.unscored or sequence.request.images or stop >= len(tokens):
-            return False
-        return any(
-            len(other.keys) <= num_cached
-            and other.root_key == sequence.root_key
-            and not other.request.images
-            and len(other.tokens) >= stop
-            and other.tokens[stop - 1] == tokens[stop - 1]
-            and other.tokens[:stop] == tokens[:stop]
-            for other in self._running
-        )
-
-    def _room_for(self, sequence: Sequence, cached: list[int]) -> bool:
-        """Whether its known tokens fit beside those of the running rows and one more block for each of these, so that
-        joining does not at once mean preempting. Alone, it always fits."""
-        idle = sum(self._pool.refs(block) == 0 for block in cached)
-        promised = sum(self._blocks_for(s.num_tokens) + 1 - len(s.blocks) for s in self._running)
-        needed = self._blocks_for(len(sequence.tokens)) - len(cached)
-        return needed + promised <= self._pool.available - idle
 
     def _admit(self, sequence: Sequence, cached: list[int]) -> Admit:
         for block in cached:
@@ -278,6 +263,7 @@ class Scheduler:
             sequence.was_admitted = True
             self._num_fresh -= 1
         self.stats.cached_tokens += sequence.num_computed
+        self.stats.queried_tokens += len(sequence.tokens) if self._cache.enabled and not sequence.unscored else 0
         insort(self._running, sequence, key=lambda s: s.place)
         request = sequence.request
         return Admit(
@@ -290,36 +276,35 @@ class Scheduler:
             adapter=request.adapter,
         )
 
-    def _spread(self, flight: _Flight) -> list[RowStep]:
+    def _spread(self, flight: Flight) -> list[RowStep]:
         """Spends the token budget and the block budget on the running rows, oldest first."""
         rows: list[RowStep] = []
-        budget = self._capacity.max_tokens
+        todo = deque((s, wanted) for s in self._running if (wanted := s.remaining))
+        budget = most = self._capacity.max_tokens
         share = budget // self._capacity.max_rows
-        todo: deque[tuple[Sequence, int]] = deque()
-        reserved = 0
-        for sequence in self._running:
-            if remaining := sequence.remaining:
-                todo.append((sequence, remaining))
-                reserved += min(share, remaining)
+        if self._pace is not None and todo:
+            budget = most = self._pace.budget(len(todo))
+            share = min(share, budget // len(todo))
+        reserved = sum(min(share, remaining) for _, remaining in todo)
         while todo:
             sequence, remaining = todo.popleft()
             reserved -= min(share, remaining)
             wanted = min(remaining, budget - reserved)
-            while (fits := self._fitting(sequence, wanted)) == 0 and todo and not self._blocks_coming():
+            while (fits := self._admission.fitting(sequence, wanted)) == 0 and todo and not self._blocks_coming():
                 youngest, remaining = todo.pop()
                 reserved -= min(share, remaining)
                 self._preempt(youngest)
             if fits:
                 rows.append(self._span(flight, sequence, fits))
                 budget -= fits
-        self.stats.computed_tokens += self._capacity.max_tokens - budget
+        self.stats.computed_tokens += most - budget
         return rows
 
-    def _span(self, flight: _Flight, sequence: Sequence, length: int) -> RowStep:
+    def _span(self, flight: Flight, sequence: Sequence, length: int) -> RowStep:
         """Plans the next `length` tokens of a sequence, for which there are blocks."""
         start = sequence.num_planned
         stop = start + length
-        missing = self._blocks_for(stop) - len(sequence.blocks)
+        missing = self._admission.blocks_for(stop) - len(sequence.blocks)
         if missing > 0:
             sequence.blocks += self._pool.allocate(missing)
         new_blocks = tuple(sequence.blocks[sequence.num_announced :])
@@ -328,18 +313,11 @@ class Scheduler:
         sequence.num_planned = stop
         sequence.steps_in_flight += 1
         sequence.sampling_in_flight += sampled
-        flight.spans[sequence.row] = _Span(sequence, start, stop, sampled)
+        flight.spans[sequence.row] = Span(sequence, start, stop, sampled)
+        flight.num_tokens += length
+        flight.has_prompt |= start < sequence.num_prompt
         score = sequence.unscored and start < sequence.num_prompt - 1
         return RowStep(sequence.row, start, length, new_blocks=new_blocks, sample=sampled, score_prompt=score)
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._capacity.block_size)
-
-    def _fitting(self, sequence: Sequence, wanted: int) -> int:
-        """How many of the `wanted` next tokens the blocks at hand allow."""
-        size = self._capacity.block_size
-        held = len(sequence.blocks) * size - sequence.num_planned
-        return wanted if wanted <= held else max(0, min(wanted, held + self._pool.available * size))
 
     def _blocks_coming(self) -> bool:
         """Whether blocks come back at a commit that is due, without preempting anyone else."""
@@ -354,21 +332,27 @@ class Scheduler:
         return len(self._sequences) - self._num_fresh
 
     def _expire(self, now_s: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, number, request_id = heapq.heappop(self._deadlines)
+        for number, request_id in self._timers.due(now_s):
             sequence = self._sequences.get(request_id)
-            if sequence is not None and sequence.number == number:
-                message = f"not finished by its deadline, {sequence.num_output} tokens generated"
-                self._end(sequence, ErrorEvent(request_id, "deadline_exceeded", message, now_s))
+            if sequence is None or sequence.number != number:
+                continue
+            if late := overdue(sequence.request, sequence.was_admitted, sequence.num_output, now_s):
+                self._end(sequence, ErrorEvent(request_id, *late, now_s))
 
     # ------------------------------------------------------------ commit
 
-    def commit(self, result: StepResult, now_s: float) -> None:
-        """Takes the oldest plan's result: tokens, endings, published blocks, blocks and rows that come back."""
+    def commit(self, result: StepResult, now_s: float, seconds: float = 0.0) -> None:
+        """Takes the oldest plan's result: tokens, endings, published blocks, blocks and rows that come back.
+
+        `seconds`: what the step took, for the pace; 0: not known.
+        """
         flight = self._flights.popleft()
         spans = flight.spans
         if result.step != flight.step or [out.row for out in result.rows] != list(spans):
             raise ValueError(f"result of step {result.step} does not answer plan {flight.step}")
+        self.stats.step(flight.num_tokens, flight.has_prompt, flight.num_joined, seconds)
+        if self._pace is not None:
+            self._pace.measured(flight.num_tokens, seconds)
         for out in result.rows:
             span = spans[out.row]
             sequence = span.sequence
@@ -376,10 +360,11 @@ class Scheduler:
             sequence.sampling_in_flight -= span.sampled
             if not sequence.ended:
                 self._commit_row(sequence, span, out, now_s)
+                self._isolation.computed(sequence)
             if sequence.status is Status.LEAVING and sequence.steps_in_flight == 0:
                 self._give_back(sequence)
 
-    def _commit_row(self, sequence: Sequence, span: _Span, out: RowOut, now_s: float) -> None:
+    def _commit_row(self, sequence: Sequence, span: Span, out: RowOut, now_s: float) -> None:
         if out.error is not None:
             # What an earlier chunk left may be the cause: nobody may find it again.
             self._cache.withdraw(sequence.blocks)
@@ -422,12 +407,39 @@ class Scheduler:
             sequence.request.id, reason, sequence.num_prompt, num_output, sequence.num_cached, now_s, stop_id
         )
 
+    # ------------------------------------------------------------ faults
+
+    def recover(self) -> str | None:
+        """After a step that raised, once the backend has forgotten every row and plan (`Backend.reset`).
+
+        Every row goes back to its place in the queue, or ends if it was leaving; what was in flight is computed anew.
+        Returns the id of the request that fails alone, which is to be ended with `fail`, or None: then the next plans
+        are trials (`isolating`), or the fault has nobody to be blamed.
+        """
+        self.stats.faults += 1
+        self._flights.clear()
+        rows = self._running + self._leaving
+        guilty = self._isolation.blame(s for s in rows if not s.ended)
+        if guilty is not None:
+            # What an earlier chunk left may be the cause: nobody may find it again.
+            self._cache.withdraw(guilty.blocks)
+        for sequence in rows:
+            sequence.steps_in_flight = sequence.sampling_in_flight = 0
+            sequence.tried_until = max(sequence.tried_until, sequence.num_planned)
+            if sequence.status is Status.RUNNING:
+                self._preempt(sequence)
+            else:
+                self._give_back(sequence)
+        self._release = []
+        return None if guilty is None else guilty.request.id
+
     # ------------------------------------------------------------ leaving
 
     def _end(self, sequence: Sequence, event: Event) -> None:
         """The one place where a request ends: its only terminal event goes out here."""
         self._events.append(event)
         sequence.ended = True
+        self._isolation.ended(sequence)
         del self._sequences[sequence.request.id]
         self._num_fresh -= not sequence.was_admitted
         if sequence.status is Status.WAITING:
@@ -461,6 +473,10 @@ class Scheduler:
         else:
             sequence.status = Status.WAITING
             insort(self._waiting, sequence, key=lambda s: s.place)
+        if not self._running and not self._leaving and self._pool.num_held:
+            # Lost by a bug: that must cost neither the blocks nor the engine. What lies in them is not to be trusted.
+            self.stats.leaks += 1
+            self._cache.clear()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless pool, cache, rows and sequences agree. For tests: after every call."""
@@ -470,10 +486,9 @@ class Scheduler:
         if sorted(rows + self._free_rows) != list(range(self._capacity.max_rows)):
             raise AssertionError("a row is lost or has two users")
         for s in holders:
-            if len(s.blocks) != self._blocks_for(s.num_planned):
+            if len(s.blocks) != self._admission.blocks_for(s.num_planned):
                 raise AssertionError(f"{s.request.id} holds {len(s.blocks)} blocks for {s.num_planned} tokens")
-            if not s.num_computed <= s.num_planned <= s.num_tokens:
-                raise AssertionError(f"{s.request.id}: computed {s.num_computed}, planned {s.num_planned}")
+            s.check_integrity()
         flying = sum(len(flight.spans) for flight in self._flights)
         if flying != sum(s.steps_in_flight for s in holders):
             raise AssertionError("steps in flight are not those of the sequences")

@@ -47,6 +47,8 @@ class Sequence:
     sampling_in_flight: int = 0
     """Tokens that planned, uncommitted steps will sample."""
     steps_in_flight: int = 0
+    tried_until: int = 0
+    """Where it stood when a step failed: once committed steps have computed so many tokens, that was not its fault."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the prompt's tokens from the second on, as far as committed steps have told; where asked for."""
     num_cached: int = 0
@@ -68,7 +70,10 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens the next step may compute. None once the last wanted token is known or being sampled."""
+        """Tokens the next step may compute. None once the last wanted token is known or being sampled, nor while one
+        is being sampled on which a grammar's next mask depends (law 2)."""
+        if self.sampling_in_flight and self.request.grammar:
+            return 0
         num_tokens = len(self.tokens) + self.sampling_in_flight
         return 0 if num_tokens >= self.max_total else num_tokens - self.num_planned
 
@@ -82,3 +87,8 @@ class Sequence:
     def place(self) -> tuple[int, int]:
         """Its place in every order: by priority, then by arrival; kept through preemptions."""
         return (self.request.priority, self.number)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless its counts are in order."""
+        if not self.num_computed <= self.num_planned <= self.num_tokens:
+            raise AssertionError(f"{self.request.id}: computed {self.num_computed}, planned {self.num_planned}")

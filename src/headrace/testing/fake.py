@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from headrace.backends.base import BackendOptions
-from headrace.core.errors import EngineError, shorten
+from headrace.core.errors import EngineError, NoTokenAllowed, shorten
 from headrace.core.spec import ModelSpec
 from headrace.core.types import (
     Admit,
@@ -30,6 +30,7 @@ from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
 MODULUS = 8191
+NO_TOKEN = -1
 
 
 def unknown_adapter(name: str) -> RowError:
@@ -112,6 +113,10 @@ class FakeBackend:
         self._answers: deque[StepResult] = deque()
         self._named: deque[tuple[int, frozenset[int]]] = deque()
         """(step, blocks it names) of unanswered plans."""
+        self._sampling: deque[frozenset[int]] = deque()
+        """Rows that each of them samples."""
+        self._written: deque[list[int]] = deque()
+        """Slots that each plan whose result was not taken wrote, the one that is being submitted included."""
         self._last_step = -1
         self._memory: list[tuple[int, int, str] | None] = []
         """Token, its position and the adapter it was computed with."""
@@ -139,6 +144,7 @@ class FakeBackend:
 
     def submit(self, plan: StepPlan) -> None:
         self._check_plan(plan)
+        self._written.append([])
         for row in plan.release:
             self._free(row)
         for admit in plan.admit:
@@ -154,11 +160,21 @@ class FakeBackend:
         self.computed_tokens += sum(step.length for step in plan.rows)
         named = frozenset(block for step in plan.rows for block in self._rows[step.row].blocks)
         self._named.append((plan.step, named))
+        self._sampling.append(frozenset(step.row for step in plan.rows if step.sample))
         self._answers.append(StepResult(plan.step, outs))
 
     def result(self) -> StepResult:
         self._named.popleft()
+        self._sampling.popleft()
+        self._written.popleft()
         return self._answers.popleft()
+
+    def reset(self) -> None:
+        """What an unanswered plan wrote is gone, so that whoever counts on it is noticed."""
+        for slot in (slot for slots in self._written for slot in slots):
+            self._memory[slot] = None
+        for held in (self._rows, self._answers, self._named, self._sampling, self._written):
+            held.clear()
 
     def probe(self) -> Mapping[str, object]:
         return {"device": "none"}
@@ -223,11 +239,12 @@ class FakeBackend:
         self._require(step.length >= 1, "an empty span")
         self._require(step.start == row.computed, f"starts at {step.start}, computed {row.computed}")
         self._require(step.start + step.length <= len(row.token_ids), "computes a token that does not exist")
-        self._require(not (step.drafts or step.mask) or not self._answers, "drafts or mask without a commit (law 2)")
+        unknown = any(step.row in rows for rows in self._sampling)
+        self._require(not (step.drafts or step.mask) or not unknown, "drafts or mask without a commit (law 2)")
         stop = step.start + step.length
         needed = stop + len(step.drafts)
         self._require(len(row.blocks) * size >= needed, f"{len(row.blocks)} blocks for {needed} tokens")
-        if not _runs(admit.sampling) or step.mask or step.logits or admit.images:
+        if not _runs(admit.sampling) or step.logits or admit.images:
             return RowOut(step.row, error=RowError("unsupported", "the fake backend decodes greedily, without extras"))
         if admit.adapter and admit.adapter not in self._adapters:
             return RowOut(step.row, error=unknown_adapter(admit.adapter))
@@ -241,13 +258,15 @@ class FakeBackend:
         if not step.sample:
             return RowOut(step.row, prompt_logprobs=scores)
         self._require(stop == len(row.token_ids), "samples before the last known token")
-        tokens = [self._next(row, stop)]
+        tokens = [self._next(row, stop, step, 0)]
         for draft in step.drafts:
             if draft != tokens[-1]:
                 break
             self._write(step.row, stop + len(tokens) - 1, draft)
             row.computed += 1
-            tokens.append(self._next(row, row.computed))
+            tokens.append(self._next(row, row.computed, step, len(tokens)))
+        if NO_TOKEN in tokens:
+            return RowOut(step.row, error=RowError(NoTokenAllowed.code, "the mask allows no token"))
         row.token_ids += tokens
         return RowOut(step.row, tuple(tokens), accepted=len(tokens) - 1, prompt_logprobs=scores)
 
@@ -261,7 +280,9 @@ class FakeBackend:
         block = self._rows[index].blocks[position // size]
         for other, owner in self._rows.items():
             self._require(other == index or block not in owner.blocks, "writes into another row's block")
-        self._memory[block * size + position % size] = (token_id, position, self._rows[index].admit.adapter)
+        slot = block * size + position % size
+        self._memory[slot] = (token_id, position, self._rows[index].admit.adapter)
+        self._written[-1].append(slot)
 
     def _read(self, row: _Row, stop: int) -> list[int]:
         """The tokens before `stop`, as the row's block table leads to them."""
@@ -278,8 +299,15 @@ class FakeBackend:
         sick = self._poison.intersection(self._read(row, stop))
         return RowError("nan_logits", f"token {min(sick)} gives no finite logits") if sick else None
 
-    def _next(self, row: _Row, stop: int) -> int:
-        token = next_token(self._read(row, stop), self.vocab_size, row.admit.adapter)
-        while stop - row.admit.num_prompt < row.admit.sampling.min_tokens and token in row.admit.stop_ids:
-            token = (token + 1) % self.vocab_size
-        return token
+    def _next(self, row: _Row, stop: int, step: RowStep, place: int) -> int:
+        """The token computed by hand, or the first one above it, in a circle, that no mask forbids. `place`: among the
+        step's sampled positions."""
+        begun = next_token(self._read(row, stop), self.vocab_size, row.admit.adapter)
+        masked = row.admit.stop_ids if stop - row.admit.num_prompt < row.admit.sampling.min_tokens else frozenset()
+        size = -(-self.vocab_size // 8)
+        mask = step.mask[place * size : (place + 1) * size] if isinstance(step.mask, bytes) else None
+        for offset in range(self.vocab_size):
+            token = (begun + offset) % self.vocab_size
+            if token not in masked and (mask is None or mask[token // 8] >> token % 8 & 1):
+                return token
+        return NO_TOKEN

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from headrace.core.errors import InvalidParameter
+from headrace.core.errors import InvalidParameter, TemplateError
 from headrace.text.template_worker import TemplateRenderer
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -19,6 +19,9 @@ _TAKES_PARTS = re.compile(
     r"""content(['"]\s*\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)|in\s+(\w+(\.|\[\s*['"]))?content\b"""
 )
 """A template that asks what content is, or loops over it, reads a list of parts; others take a string."""
+
+_MARK = "\uf8ff"
+"""A private character: what follows it in a rendered text came after the final message."""
 
 
 class ChatTemplate:
@@ -41,10 +44,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
         now: datetime | None = None,
+        continue_final_message: bool = False,
         **kwargs: object,
     ) -> str:
         """The prompt text of a conversation; `kwargs` are more variables for the template (`enable_thinking=False`).
-        `now`: what `strftime_now` writes; the machine's own time if None.
+        `now`: what `strftime_now` writes; the machine's own time if None. `continue_final_message`: the text ends where
+        the content of the last message does, so that the answer goes on from there.
 
         Raises InvalidParameter (messages, tools, a variable), TemplateError (the source is no template, or the template
         refuses, fails or meets a limit), EngineError (it cannot be run).
@@ -56,9 +61,13 @@ class ChatTemplate:
         for name in ("chat_template", "messages"):  # a server passes on the names that a request chooses
             if name in kwargs:
                 raise InvalidParameter(name, kwargs[name], "no such variable; the model and the request have one")
-        plain = [self._content(_with_reasoning(message)) for message in _check_messages(messages)]
+        checked = _check_messages(messages)
+        mark = _mark_end(checked) if continue_final_message else ""
+        if mark and add_generation_prompt:
+            raise InvalidParameter("add_generation_prompt", True, "false beside continue_final_message")
+        plain = [self._content(_with_reasoning(message)) for message in checked]
         variables = {key: _plain(value, key) for key, value in kwargs.items()}
-        return self._renderer.render(
+        text = self._renderer.render(
             self._source,
             {
                 "documents": None,
@@ -70,12 +79,42 @@ class ChatTemplate:
             },
             now,
         )
+        if not mark:
+            return text
+        if mark not in text:
+            raise TemplateError(
+                "the chat template does not show the end of the final message, so it cannot be continued"
+            )
+        return text[: text.rindex(mark)]
 
     def _content(self, message: dict[str, object]) -> dict[str, object]:
         content = message.get("content")
         if isinstance(content, list) and not self._takes_parts:
             return {**message, "content": "\n".join(part["text"] for part in content)}
         return message
+
+
+def _mark_end(messages: list[dict[str, object]]) -> str:
+    """Puts a mark behind the last message's content, one that is nowhere else. Returns the mark."""
+    last = messages[-1]
+    content = last.get("content")
+    mark = _MARK * (1 + _longest_run(messages))
+    if isinstance(content, str):
+        last["content"] = content + mark
+    elif isinstance(content, list) and content:
+        content[-1]["text"] += mark
+    else:
+        raise InvalidParameter("messages", content, "a final message with content, to be continued")
+    return mark
+
+
+def _longest_run(value: object) -> int:
+    """Of the marking character, in any text of a JSON value."""
+    if isinstance(value, str):
+        return max(map(len, re.findall(f"{_MARK}+", value)), default=0)
+    if isinstance(value, dict):
+        return max((_longest_run(one) for pair in value.items() for one in pair), default=0)
+    return max((_longest_run(one) for one in value), default=0) if isinstance(value, list) else 0
 
 
 def _with_reasoning(message: dict[str, object]) -> dict[str, object]:

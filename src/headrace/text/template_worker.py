@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
-from pathlib import Path
 
-from headrace.core.errors import EngineError, TemplateError
+from headrace.core.errors import TemplateError
+from headrace.text.child_process import ChildProcess, ChildStopped
 
 _MAX_SOURCE = 2**20
 _MAX_INPUT = 20 * 2**20
-_MAX_FRAME = 2**27
 _MIB = 2**20
 # The kinds of answer, as template_child writes them; that module is not imported here, since it imports jinja2.
-_READY, _TEXT, _RETIRE, _FAULT, _NO_MEMORY = b"r", b"t", b"T", b"f", b"m"
-_BOOTSTRAP = (
-    "import sys; sys.path += sys.argv[4:]; from headrace.text.template_child import main; "
-    "main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))"
-)
+_TEXT, _RETIRE, _FAULT, _NO_MEMORY = b"t", b"T", b"f", b"m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +42,7 @@ class TemplateRenderer:
     def __init__(self, limits: TemplateLimits | None = None) -> None:
         self.limits = limits or TemplateLimits()
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._child: ChildProcess | None = None
 
     def start(self) -> None:
         """Starts the process without waiting for it. Raises EngineError."""
@@ -81,7 +67,10 @@ class TemplateRenderer:
         with self._lock:
             child = self._living_child()
             try:
-                answer = child.ask(data, self.limits)
+                answer = child.ask(data, self.limits.wall_s, self.limits.cpu_s)
+            except ChildStopped as stopped:
+                self._drop()
+                raise TemplateError(f"the chat template {stopped}") from None
             except BaseException:  # Ctrl-C too: what the process would answer later belongs to nobody
                 self._drop()
                 raise
@@ -99,119 +88,21 @@ class TemplateRenderer:
         with self._lock:
             self._drop()
 
-    def _living_child(self) -> _Child:
+    def _living_child(self) -> ChildProcess:
         if self._child is not None and not self._child.alive():
             self._drop()
         if self._child is None:
-            self._child = _Child(self.limits)
+            limits = self.limits
+            self._child = ChildProcess(
+                "chat templates",
+                "headrace.text.template_child",
+                (limits.memory_bytes, limits.cpu_s, limits.output),
+                ("jinja2", "markupsafe"),
+                limits.start_s,
+            )
         return self._child
 
     def _drop(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             child.close()
-
-
-class _Child:
-    """A template process and our end of its channel."""
-
-    def __init__(self, limits: TemplateLimits) -> None:
-        if not sys.executable:
-            raise EngineError("chat templates need a Python interpreter of their own, and sys.executable is empty")
-        ours, theirs = socket.socketpair()
-        arguments = (limits.memory_bytes, limits.cpu_s, limits.output)
-        try:
-            with theirs:
-                # -I -S: no environment, no user or site directories, no start-up code of theirs. The session of its own
-                # keeps a Ctrl-C away. Popen uses vfork here, which is safe beside torch's threads.
-                process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, *map(str, arguments), *_import_roots()],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env={},
-                    cwd="/",
-                    start_new_session=True,
-                )
-        except OSError as error:
-            ours.close()
-            raise EngineError(f"the process for chat templates cannot be started: {error}") from None
-        self.pid = process.pid
-        self._process = process
-        self._socket = ours
-        self._owner = os.getpid()
-        self._started = time.monotonic()
-        self._ready = False
-        self.close = weakref.finalize(self, _end, process, ours, self._owner)
-
-    def alive(self) -> bool:
-        """Whether it may be asked; a fork of the process that started it may not."""
-        return self._owner == os.getpid() and self._process.poll() is None
-
-    def ask(self, data: bytes, limits: TemplateLimits) -> bytes:
-        """The answer to one request. Raises TemplateError, EngineError."""
-        if not self._ready:
-            try:
-                ready = self._receive(self._started + limits.start_s)
-            except TimeoutError:
-                raise EngineError(f"the process for chat templates did not start in {limits.start_s:g} s") from None
-            if ready != _READY:
-                raise EngineError(f"the process for chat templates did not start: {self._ending()}")
-            self._ready = True
-        deadline = time.monotonic() + limits.wall_s
-        try:
-            self._socket.settimeout(limits.wall_s)
-            with contextlib.suppress(ConnectionError):  # then it has ended, and the answer is missing
-                self._socket.sendall(len(data).to_bytes(4, "big") + data)
-            answer = self._receive(deadline)
-        except TimeoutError:
-            raise TemplateError(f"the chat template ran longer than {limits.wall_s:g} s") from None
-        if answer is not None:
-            return answer
-        ending = self._ending()
-        if ending == f"signal {int(signal.SIGPROF)}":
-            raise TemplateError(f"the chat template ran longer than {limits.cpu_s:g} s of CPU time")
-        raise TemplateError(f"the chat template ended its process ({ending})")
-
-    def _receive(self, deadline: float) -> bytes | None:
-        """A frame; None if the process closed the channel, or wrote what is no frame. Raises TimeoutError."""
-        head = self._read(4, deadline)
-        count = 0 if head is None else int.from_bytes(head, "big")
-        return self._read(count, deadline) if 0 < count <= _MAX_FRAME else None
-
-    def _read(self, count: int, deadline: float) -> bytes | None:
-        data = bytearray()
-        while len(data) < count:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._socket.settimeout(left)
-            try:
-                chunk = self._socket.recv(min(count - len(data), 2**16))
-            except ConnectionError:
-                return None
-            if not chunk:
-                return None
-            data += chunk
-        return bytes(data)
-
-    def _ending(self) -> str:
-        """How it ended, after its channel closed."""
-        try:
-            code = self._process.wait(1)
-        except subprocess.TimeoutExpired:
-            return "its channel closed"
-        return f"signal {-code}" if code < 0 else f"exit status {code}"
-
-
-def _import_roots() -> list[str]:
-    """Where headrace and what the sandbox imports lie, found without importing them."""
-    specs = (find_spec(name) for name in ("headrace", "jinja2", "markupsafe"))
-    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
-
-
-def _end(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) -> None:
-    channel.close()
-    if owner == os.getpid():
-        process.kill()
-        process.wait()

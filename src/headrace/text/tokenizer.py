@@ -94,7 +94,11 @@ class Tokenizer:
         return [token for token in tokens if token is not None and token not in skipped]
 
     def chat(self, messages: Sequence[Mapping[str, object]], /, **kwargs: Any) -> list[int]:
-        """Token ids of a conversation: the template writes the special tokens. Arguments of `ChatTemplate.render`.
+        """Token ids of a conversation: the template writes the special tokens. Arguments, and errors, of `render`."""
+        return self.encode(self.render(messages, **kwargs), add_special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, object]], /, **kwargs: Any) -> str:
+        """The prompt text of a conversation. Arguments of `ChatTemplate.render`.
 
         Raises InvalidParameter, TemplateError, EngineError.
         """
@@ -104,7 +108,7 @@ class Tokenizer:
             from headrace.text.chat import ChatTemplate
 
             self._template = ChatTemplate(self.chat_template, self.special_tokens, self._renderer)
-        return self.encode(self._template.render(messages, **kwargs), add_special_tokens=False)
+        return self._template.render(messages, **kwargs)
 
     @cached_property
     def _renderer(self) -> TemplateRenderer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -167,6 +167,17 @@ class NativeBackend:
             raise EngineError("result() without a plan")
         result, self._result = self._result, None
         return result
+
+    def reset(self) -> None:
+        """Raises EngineError without a model."""
+        loaded = self._require()
+        self._result = None
+        loaded.lost.clear()
+        loaded.session.cancel()
+        for row in range(loaded.options.max_rows):
+            # Which rows the plan that failed had admitted by then, the session alone knows.
+            with suppress(ValueError):
+                loaded.session.release(row)
 
     def probe(self) -> Mapping[str, object]:
         return {

@@ -45,7 +45,11 @@ class Loaded:
         self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple)
         shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
         self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
-        sizes = (options.max_rows, options.max_model_len, options.block_size, options.num_blocks, spec.vocab_size)
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        options, vocab_size = self.options, self.decoder.spec.vocab_size
+        sizes = (options.max_rows, options.max_model_len, options.block_size, options.num_blocks, vocab_size)
         self.table = RequestTable(*sizes)
 
 
@@ -104,6 +108,11 @@ class TorchBackend:
             raise EngineError("result() without a plan")
         result, self._result = self._result, None
         return result
+
+    def reset(self) -> None:
+        """Raises EngineError without a model."""
+        self._require().forget_rows()
+        self._result = None
 
     def probe(self) -> Mapping[str, object]:
         return {

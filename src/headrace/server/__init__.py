@@ -1,0 +1,1 @@
+"""HTTP: the engine behind the APIs people already use."""

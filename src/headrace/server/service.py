@@ -1,0 +1,269 @@
+"""What the routes share: the opened model, the engine, who may come in, and the run of one body's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from starlette.requests import Request as HttpRequest
+
+from headrace.api.answers import Stamp
+from headrace.core.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InvalidParameter,
+    NotReady,
+    QueueFull,
+    ShuttingDown,
+)
+from headrace.core.types import Request
+from headrace.engine.answer import Completion
+from headrace.engine.identity import ModelIdentity
+from headrace.engine.model import OpenModel
+from headrace.engine.supervisor import Supervisor
+from headrace.server.config import ServeConfig
+from headrace.server.limits import read_json
+from headrace.server.metrics import ServerMetrics
+from headrace.server.run import OnEnd, Run
+from headrace.server.traces import Traces, traced
+from headrace.text.grammar_worker import GrammarChecker
+
+MIN_RETRY_S, MAX_RETRY_S = 1, 60
+"""What `Retry-After` says."""
+RATE_WINDOW_S = 30.0
+"""Seconds over which the rate of finished requests is averaged."""
+TIMEOUT_HEADER = "x-request-timeout"
+SAMPLE_S = 1.0
+"""Between two looks at the meters and the engine's counts."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Rate:
+    """Events a second, averaged with a weight that falls by e in `RATE_WINDOW_S`."""
+
+    value: float = 0.0
+    last_s: float | None = None
+
+    def count(self, now_s: float) -> None:
+        if self.last_s is not None:
+            gap_s = max(1e-6, now_s - self.last_s)
+            share = min(1.0, gap_s / RATE_WINDOW_S)
+            self.value += share * (1 / gap_s - self.value) if self.value else 1 / gap_s
+        self.last_s = now_s
+
+
+class Service:
+    """One server's state. Lives in one event loop."""
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        settings: ServeConfig,
+        supervisor: Supervisor,
+        metrics: ServerMetrics,
+        identity: ModelIdentity,
+        traces: Traces | None = None,
+    ) -> None:
+        self.opened = opened
+        self.settings = settings
+        self.supervisor = supervisor
+        self.metrics = metrics
+        self.traces = traces
+        self.grammars = GrammarChecker(opened.vocabulary)
+        self.limits = opened.limits
+        names = tuple(name for name in identity.served if name not in opened.adapters)
+        self.served = tuple(settings.served_model_name) or names
+        """Names of the model; the first is its own."""
+        self.created = int(time.time())
+        self.fingerprint = identity.system_fingerprint
+        self.draining = False
+        self._ending: asyncio.Event = asyncio.Event()
+        self._preparing = 0
+        self._finished = Rate()
+        # Templates and long texts are not for the loop that every stream waits on.
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="headrace-prepare")
+        # A grammar may take its whole second: nothing else is to wait behind it.
+        self._checkers = ThreadPoolExecutor(1, thread_name_prefix="headrace-grammars")
+
+    # ------------------------------------------------------------ bodies
+
+    async def read_json(self, request: HttpRequest) -> dict[str, Any]:
+        """A request's body. Raises RequestError, BodyTooLarge."""
+        return await read_json(request, self.settings.max_body_bytes)
+
+    def new_id(self) -> str:
+        """128 random bits."""
+        return uuid4().hex
+
+    def stamp(self, request_id: str, model: str) -> Stamp:
+        return Stamp(request_id, int(time.time()), model, self.fingerprint)
+
+    def salt(self, request: HttpRequest) -> str:
+        """Of the caller's key: prompts of different keys share no block of the prefix cache."""
+        return str(request.scope.get("state", {}).get("key_salt", ""))
+
+    def timeout_s(self, request: HttpRequest, asked_s: float | None) -> float | None:
+        """The request's own limit: of its body, else of the header X-Request-Timeout. Raises InvalidParameter."""
+        if asked_s is not None or (text := request.headers.get(TIMEOUT_HEADER)) is None:
+            return asked_s
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 86_400:
+            raise InvalidParameter(TIMEOUT_HEADER, text, "seconds above 0, up to 86400")
+        return value
+
+    # ------------------------------------------------------------ who comes in
+
+    def admit(self, count: int, prompt_tokens: int = 0) -> None:
+        """Raises ShuttingDown, NotReady or QueueFull before any work is done for `count` requests."""
+        if self.draining:
+            self.metrics.rejected(ShuttingDown.code, count)
+            raise ShuttingDown("the server is shutting down")
+        if not self.supervisor.ready:
+            self.metrics.rejected(NotReady.code, count)
+            raise NotReady("the engine is not ready", retry_after_s=MIN_RETRY_S)
+        room = self.opened.config.max_num_seqs + self.settings.max_queued
+        live = self.supervisor.live + self._preparing
+        waiting = live + count - self.opened.config.max_num_seqs
+        wait_s = waiting / self._finished.value if self._finished.value else 0.0
+        if live + count > room or (waiting > 0 and wait_s > self.settings.queue_timeout):
+            self.metrics.rejected(QueueFull.code, count)
+            raise QueueFull(
+                f"{max(0, live - self.opened.config.max_num_seqs)} requests wait already, allowed: "
+                f"{self.settings.max_queued}, and no longer than {self.settings.queue_timeout:g} s",
+                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, round(wait_s / 2))),
+            )
+
+    async def prepare(
+        self, make: Callable[[], tuple[Request, ...]], count: int = 1, timeout_s: float | None = None
+    ) -> tuple[Request, ...]:
+        """Makes the requests of one body (template, tokenising) off the event loop; `make` may raise RequestError.
+        `count`: how many they will be."""
+        self.metrics.received(count)
+        began_s = time.monotonic()
+        self._preparing += count
+        try:
+            requests = await self.work(make)
+            if grammar := requests[0].grammar:
+                loop = asyncio.get_running_loop()
+                grammar = await loop.run_in_executor(self._checkers, self.grammars.check, grammar)
+                requests = tuple(replace(one, grammar=grammar) for one in requests)
+        finally:
+            self._preparing -= count
+        if timeout_s is not None and time.monotonic() > began_s + timeout_s:
+            raise DeadlineExceeded(f"not finished by its deadline of {timeout_s:g} s")
+        join_by_s = began_s + self.settings.queue_timeout
+        deadline_s = None if timeout_s is None else began_s + timeout_s
+        return tuple(replace(one, arrival_s=began_s, join_by_s=join_by_s, deadline_s=deadline_s) for one in requests)
+
+    async def work(self, make: Callable[[], T]) -> T:
+        """Runs something that takes long off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, make)
+
+    def run(self, requests: Sequence[Request], http: HttpRequest | None = None, operation: str = "") -> Run:
+        """Gives the requests to the engine. `http` and `operation`: for a trace. Raises NotReady, ShuttingDown."""
+        if self._ending.is_set():
+            raise ShuttingDown("the server is shutting down")
+        tokenizer = self.opened.tokenizer if self.opened.has_text else None
+        on_end = None if http is None else self._tracing(http, operation)
+        return Run(self.supervisor, self.metrics, requests, tokenizer, on_end)
+
+    def _tracing(self, http: HttpRequest, operation: str) -> OnEnd | None:
+        """What sends the spans of a body's answers, if traces are asked for."""
+        traces = self.traces
+        if traces is None:
+            return None
+        arrival_ns = time.time_ns()
+        headers = {name: value for name, value in http.headers.items() if name in ("traceparent", "tracestate")}
+
+        def end(request: Request, completion: Completion) -> None:
+            traces.request(traced(request, completion, operation, self.served[0], arrival_ns), headers)
+
+        return end
+
+    async def whole(self, request: HttpRequest, run: Run) -> list[Completion]:
+        """Waits for a run; a client that goes away ends it. Raises the error of a request that failed, ClientGone."""
+        gone = asyncio.create_task(until_gone(request))
+        answered = asyncio.create_task(run.whole())
+        try:
+            await asyncio.wait([gone, answered], return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                raise ClientGone("the client closed the connection")
+            self._finished.count(time.monotonic())
+            return answered.result()
+        finally:
+            run.close()
+            for task in (gone, answered):
+                task.cancel()
+
+    def count_finished(self) -> None:
+        """A body was answered: what the queue's drain rate is made of."""
+        self._finished.count(time.monotonic())
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self.supervisor.ready
+
+    async def sample(self) -> None:
+        """Once a second, as long as the server runs: meters and counts, so that little is lost if the engine ends."""
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            self.metrics.sample()
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Asks the engine for its counts."""
+        self.metrics.engine(await self.supervisor.stats(), self.supervisor.restarts)
+
+    def live(self) -> Mapping[str, object]:
+        """What the page shows beside the chat."""
+        live = self.supervisor.live
+        running = min(live, self.opened.config.max_num_seqs)
+        return {
+            "running": running,
+            "waiting": live - running + self._preparing,
+            "tokens_per_s": self.metrics.tokens_per_s(),
+            "model": self.served[0],
+            "ready": self.ready,
+        }
+
+    async def drain(self) -> None:
+        """No more requests; those that run get their time, then an error each."""
+        self.draining = True
+        until_s = time.monotonic() + self.settings.drain
+        while (self.supervisor.live or self._preparing) and time.monotonic() < until_s and not self._ending.is_set():
+            await asyncio.sleep(0.02)
+        self.end()
+
+    def end(self) -> None:
+        """Ends every request now."""
+        self.draining = True
+        self._ending.set()
+        self.supervisor.fail_all(ShuttingDown("the server is shutting down"))
+
+    async def close(self) -> None:
+        """Ends the engine. Idempotent."""
+        await self.supervisor.close()
+        self.grammars.close()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
+        for pool in (self._workers, self._checkers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.opened.close()
+
+
+async def until_gone(request: HttpRequest) -> None:
+    """Returns when the client has closed the connection. The body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,14 @@
+"""Faults on the real kernels: a few here; many with `python -m tests.robustness.faults`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.robustness import faults
+
+
+@pytest.mark.demo
+def test_only_the_request_at_fault_fails(demo_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert faults.main(["--steps", "20"]) == 0, capsys.readouterr().out
