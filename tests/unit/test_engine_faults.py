@@ -177,11 +177,28 @@ def test_a_fault_costs_few_steps(depth: int, count: int) -> None:
         while not engine.heard:
             engine.step()
         before = engine.steps
-        while engine.core._scheduler.isolating:
+        while engine.scheduler.isolating:
             engine.step()
         # At depth 2 the place of the fault may be two steps on.
         assert engine.steps - before <= depth * (2 * ceil(log2(count)) + 2)
         engine.drain()
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_who_has_passed_makes_room_for_the_next_trial(index: int) -> None:
+    """The pool holds these four, but not two of them and what two others would need to join."""
+    asked = [(i, *range(6)) for i in range(4)]
+    engine = Engine(Fault(asked[index], 8), capacity=Capacity(12, 4, 4, 64), prefix_cache=False)
+    for number, prompt in enumerate(asked):
+        engine.ask(f"r{number}", prompt, SamplingParams(max_tokens=25, ignore_eos=True))
+    while not engine.heard:
+        engine.step()
+    before = engine.steps
+    while engine.scheduler.isolating:
+        engine.step()
+    assert engine.steps - before <= 2 * 2 + 2
+    engine.drain()
+    assert all(number == index or engine.right(f"r{number}", prompt, 25) for number, prompt in enumerate(asked))
 
 
 def test_each_fault_stands_for_itself() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.text.detokenize import BYTE_TOKEN, Detokenizer, bytes_of_spelling
+from headrace.text.detokenize import Detokenizer
 from headrace.text.tokenizer import Tokenizer
+from headrace.text.vocabulary import TokenBytes
 
 
 class TokenNames:
     """Names and bytes of tokens. Without a tokenizer, or if asked to, a token's name is `token_id:5`."""
 
     def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
-        self._tokenizer = tokenizer
+        self._known = None if tokenizer is None else TokenBytes(tokenizer)
         self._as_ids = as_ids or tokenizer is None
         self._bytes: dict[int, bytes] = {}
 
@@ -30,28 +31,12 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def data(self, token_id: int) -> bytes:
-        """The token's bytes; empty where it has none."""
-        if self._tokenizer is None:
+        """The token's bytes within a text; empty where it has none."""
+        if self._known is None:
             return b""
         if (data := self._bytes.get(token_id)) is None:
-            data = self._bytes[token_id] = self._read(self._tokenizer, token_id)
+            data = self._bytes[token_id] = self._known.data(token_id)
         return data
-
-    def _read(self, tokenizer: Tokenizer, token_id: int) -> bytes:
-        spelled = tokenizer.tokens([token_id], skip_special_tokens=False)
-        if not spelled:
-            return b""
-        rules = tokenizer.decoder_rules
-        if rules.kind == "byte_level":
-            return bytes_of_spelling(spelled[0])
-        if rules.byte_fallback and (match := BYTE_TOKEN.fullmatch(spelled[0])):
-            return bytes([int(match[1], 16)])
-        if rules.kind == "pieces":
-            return spelled[0].replace("\u2581", " ").encode()
-        # Pushed twice: the first token of a text may lose a leading space, the second does not.
-        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-        detokenizer.push([token_id])
-        return (detokenizer.push([token_id]) + detokenizer.finish()).encode()
 
 
 class Offsets:

@@ -89,8 +89,8 @@ class Service:
         self._finished = Rate()
         # Templates and long texts are not for the loop that every stream waits on.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="headrace-prepare")
-        # A grammar may take its whole second: nothing else is to wait behind it.
-        self._checkers = ThreadPoolExecutor(1, thread_name_prefix="headrace-grammars")
+        # A grammar may take its whole second. Those that wait for one another here are told so by the checker.
+        self._checkers = ThreadPoolExecutor(8, thread_name_prefix="headrace-grammars")
 
     # ------------------------------------------------------------ bodies
 
