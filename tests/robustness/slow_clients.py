@@ -2,20 +2,20 @@
 
     python -m tests.robustness.slow_clients [--short] [--url URL] [--json FILE]
 
-Some send a header's byte now and then and never end; some read their answer a byte a second; some never read. Answers carry
-20 log-probabilities a token, so that they do not fit the sockets' buffers. When an unread answer has stopped flowing is
-read from the kernel's table of sockets. What slow clients do to others is measured once their answers are computed: until
-then it is the work they ask for that costs, as that of any client would.
+Some send a header's byte now and then and never end; some read their answer a byte a second; some never read. What lies
+unread, and when it stopped flowing, is read from the kernel's table of sockets: the server must be on this machine. Each
+event carries the model's name, which is a long one here, so that answers do not fit the sockets' buffers. What slow
+clients do to others is measured once their answers are computed: until then it is the work they ask for that costs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import select
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,9 @@ MOST_BYTES = 256 * 1024
 RECEIVE_BUFFER = 4096
 WITNESSES = 4
 LOOK_S = 0.2
-PROC_TCP = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+TCP_TABLE = Path("/proc/net/tcp")
+ESTABLISHED = "01"
+MODEL_NAME = "m" * 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +94,13 @@ async def drip(address: Address) -> tuple[float, int]:
 
 
 class Unread:
-    """Connections whose answers lie unread, or nearly: when each stopped flowing, and when it was ended."""
+    """Connections whose answers lie unread, or nearly: when each stopped flowing, and when the server let go of it."""
 
     def __init__(self, address: Address, size: Size) -> None:
-        self._address = address
-        self._sockets: list[socket.socket] = []
+        self._port = f":{address[1]:04X}"
         self._trickling = size.trickling
-        body = answer_body("Slowly", size.answer_tokens, stream=True, logprobs=20)
+        self._sockets: list[socket.socket] = []
+        body = answer_body("Slowly", size.answer_tokens, stream=True)
         for _ in range(size.trickling + size.deaf):
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
@@ -112,48 +114,40 @@ class Unread:
         self.ended_s = [0.0] * count
         self.queued = [0] * count
         """Most bytes that the kernel held for it, on the server's side."""
-        self._queue_now = [0] * count
 
     async def watch(self, limit_s: float) -> None:
-        """Until all are ended by the server."""
-        poll = select.poll()
-        by_fd = {sock.fileno(): index for index, sock in enumerate(self._sockets)}
-        for fd in by_fd:
-            poll.register(fd, 0)  # hang-ups and errors are told always
-        trickle_s = until_s = time.monotonic()
-        until_s += limit_s
-        while by_fd and time.monotonic() < until_s:
+        """Until the server has let go of all of them."""
+        read_s = time.monotonic()
+        until_s = read_s + limit_s
+        while not all(self.ended_s) and time.monotonic() < until_s:
             now_s = time.monotonic()
-            for fd, event in poll.poll(0):
-                if event & (select.POLLHUP | select.POLLERR):
-                    self.ended_s[by_fd.pop(fd)] = now_s
-                    poll.unregister(fd)
-            self._look(now_s)
-            if now_s - trickle_s >= 1:
-                trickle_s = now_s
+            queues = self._queues()
+            for index, ended_s in enumerate(self.ended_s):
+                if index not in queues:
+                    self.ended_s[index] = ended_s or now_s
+                elif queues[index] > self.queued[index]:
+                    self.queued[index], self.stopped_s[index] = queues[index], now_s
+            if now_s - read_s >= 1:
+                read_s = now_s
                 self._read_a_byte()
             await asyncio.sleep(LOOK_S)
 
-    def _look(self, now_s: float) -> None:
-        """How much lies in the server's sockets."""
-        port = f":{self._address[1]:04X}"
-        for table in PROC_TCP:
-            for line in table.read_text().splitlines()[1:] if table.exists() else ():
-                fields = line.split()
-                if fields[1].endswith(port):
-                    index = self._by_port.get(int(fields[2].rpartition(":")[2], 16))
-                    if index is not None:
-                        queue = int(fields[4].partition(":")[0], 16)
-                        if queue > self.queued[index]:
-                            self.queued[index], self.stopped_s[index] = queue, now_s
+    def _queues(self) -> dict[int, int]:
+        """Unsent bytes of the server's ends that are open."""
+        found = {}
+        for line in TCP_TABLE.read_text().splitlines()[1:]:
+            _, local, remote, state, queues, *_ = line.split()
+            if local.endswith(self._port) and state == ESTABLISHED:
+                index = self._by_port.get(int(remote.rpartition(":")[2], 16))
+                if index is not None:
+                    found[index] = int(queues.partition(":")[0], 16)
+        return found
 
     def _read_a_byte(self) -> None:
-        for index in range(self._trickling):
-            if not self.ended_s[index]:
-                try:
-                    self._sockets[index].recv(1, socket.MSG_DONTWAIT)
-                except OSError:
-                    continue  # the next look finds it ended
+        for sock, ended_s in zip(self._sockets[: self._trickling], self.ended_s, strict=False):
+            if not ended_s:
+                with suppress(OSError):  # nothing there, or just ended
+                    sock.recv(1, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         for sock in self._sockets:
@@ -254,7 +248,8 @@ async def unread_answers(target: Target, score: Score, size: Size, alone: Sequen
 
 
 def flags(short: bool) -> Sequence[str]:
-    return ("--header-timeout=2", "--write-timeout=3") if short else ()
+    times = (f"--header-timeout={SHORT.header_s}", f"--write-timeout={SHORT.write_s}") if short else ()
+    return (f"--served-model-name={MODEL_NAME}", *times)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -212,12 +212,13 @@ class OpenModel:
         eos_token_ids: frozenset[int] | None = None,
         step_seconds: float | None = None,
         grammars: Grammars | None = None,
+        on_fault: Callable[[Exception], None] = lambda error: None,
     ) -> tuple[EngineCore, float]:
         """Loads the weights. Returns the engine and the seconds that it, and `begin`, took.
 
         `eos_token_ids`: where they are known already, no tokenizer is read for them. `step_seconds`: how long a step
         should take at most; None: as long as it is fastest. `grammars`: None: requests with one are refused.
-        Raises ModelError or EngineError.
+        `on_fault` hears of each exception that a step raised. Raises ModelError or EngineError.
         """
         began = time.monotonic()
         config = self.config
@@ -228,7 +229,7 @@ class OpenModel:
         policy = parse_policy(config.policy)
         eos_ids = self.eos_token_ids if eos_token_ids is None else eos_token_ids
         scheduler = Scheduler(capacity, config.max_model_len, eos_ids, policy, cache, step_seconds)
-        core = EngineCore(backend, scheduler, self.limits, grammars=grammars)
+        core = EngineCore(backend, scheduler, self.limits, grammars=grammars, on_fault=on_fault)
         return core, time.monotonic() - began + self._begin_s
 
     def load_backend(

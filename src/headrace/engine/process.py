@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 from headrace.core.errors import EngineError, HeadraceError
 from headrace.engine.core import EngineCore
@@ -72,6 +73,7 @@ class EngineProcess:
             eos_token_ids=start.eos_token_ids,
             step_seconds=start.step_seconds,
             grammars=Grammars(opened.vocabulary) if opened.has_text else None,
+            on_fault=traceback.print_exception,
         )
         # What is here now stays: no search for garbage need look at it again.
         gc.collect()

@@ -245,10 +245,10 @@ class Scheduler:
             if not sequence.was_admitted:
                 quota -= 1
                 self._policy.joined()
-            admits.append(self._admit(sequence, cached))
+            admits.append(self._admit(sequence, cached, now_s))
         return admits
 
-    def _admit(self, sequence: Sequence, cached: list[int]) -> Admit:
+    def _admit(self, sequence: Sequence, cached: list[int], now_s: float) -> Admit:
         for block in cached:
             self._pool.share(block)
         sequence.row = self._free_rows.pop()
@@ -260,7 +260,7 @@ class Scheduler:
         self._publish(sequence)
         if not sequence.was_admitted:
             sequence.num_cached = sequence.num_computed
-            sequence.was_admitted = True
+            sequence.joined_s = now_s
             self._num_fresh -= 1
         self.stats.cached_tokens += sequence.num_computed
         self.stats.queried_tokens += len(sequence.tokens) if self._cache.enabled and not sequence.unscored else 0
@@ -403,9 +403,8 @@ class Scheduler:
     def _finish_event(
         self, sequence: Sequence, reason: FinishReason, num_output: int, now_s: float, stop_id: int | None = None
     ) -> FinishEvent:
-        return FinishEvent(
-            sequence.request.id, reason, sequence.num_prompt, num_output, sequence.num_cached, now_s, stop_id
-        )
+        counts = (sequence.num_prompt, num_output, sequence.num_cached)
+        return FinishEvent(sequence.request.id, reason, *counts, now_s, stop_id, sequence.joined_s)
 
     # ------------------------------------------------------------ faults
 

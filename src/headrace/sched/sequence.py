@@ -53,7 +53,13 @@ class Sequence:
     """Of the prompt's tokens from the second on, as far as committed steps have told; where asked for."""
     num_cached: int = 0
     """Prompt tokens that its first admission found in the prefix cache."""
-    was_admitted: bool = False
+    joined_s: float | None = None
+    """When it was first admitted; None: not yet."""
+
+    @property
+    def was_admitted(self) -> bool:
+        """Whether it has ever had a row."""
+        return self.joined_s is not None
 
     @property
     def num_prompt(self) -> int:

@@ -54,6 +54,8 @@ class SchedulerStats:
             cached_tokens=self.cached_tokens,
             queried_tokens=self.queried_tokens,
             preemptions=self.preemptions,
+            faults=self.faults,
+            leaks=self.leaks,
             step_seconds=self.step_seconds.state(),
             prefill_step_seconds=self.prefill_step_seconds.state(),
             tokens_per_step=self.tokens_per_step.state(),

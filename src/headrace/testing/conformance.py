@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.core.errors import EngineError
-from headrace.core.types import RowOut, SamplingParams, TokenLogprobs
+from headrace.core.types import Admit, RowOut, SamplingParams, StepPlan, TokenLogprobs
 from headrace.testing.driver import Driver
 from headrace.weights.lora import Adapter
 
@@ -214,6 +214,28 @@ class BackendConformance:
         tokens += driver.run(driver.span(row, 1), driver.span(nurse, 3))[row].tokens
         tokens += driver.decode([row, nurse], 4)[row]
         assert tokens == expected
+
+    def test_a_reset_forgets_rows_and_plans_and_keeps_blocks(self, driver: Driver) -> None:
+        """With a plan unanswered, and after one that failed half way."""
+        size = driver.capacity.block_size
+        prompt = self.prompt(2 * size + 3, 8)
+        expected = list(self.safe(driver.generate(prompt, 5)))
+        row, other = driver.admit(prompt), driver.admit(self.prompt(4, 2))
+        driver.prefill(row, len(prompt))
+        blocks = driver.rows[row].blocks[:2]
+        driver.submit(driver.span(row, 1), driver.span(other, 4))
+        for _ in range(2):
+            driver.backend.reset()
+            driver.rows.clear()
+            driver.free_blocks = [block for block in driver.free_blocks if block not in blocks]
+            row = driver.admit(prompt, shared=blocks, row=row)
+            tokens = [*driver.run(driver.span(row, 3))[row].tokens, *driver.decode([row], 4)[row]]
+            assert tokens == expected
+            twice = Admit(other, (1,), 1, SamplingParams())
+            driver.step += 1
+            with pytest.raises((EngineError, AssertionError)):
+                driver.backend.submit(StepPlan(driver.step, (), (twice, twice)))
+            driver.step += 1
 
     def test_adapters_beside_each_other_in_one_batch(self, driver: Driver) -> None:
         prompt = self.prompt(9, 4)
