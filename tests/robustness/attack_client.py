@@ -7,6 +7,7 @@ A client that understands what it sends could not send what is wrong; so this on
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import threading
@@ -28,6 +29,11 @@ MIB = 2**20
 PIECE = 2**16
 MAX_ERROR_BYTES = 4096
 RESTARTS = "headrace:engine_restarts_total"
+FLAGS = ("--threads", "1", "--kv-cache-mib", "64", "--max-model-len", "1024")
+"""Of a server whose memory is watched: its KV cache takes memory as it is first used, so it is small, and filled before
+the attack."""
+MAX_FILLED = 20_000
+CACHE_INFO = re.compile(r'headrace:cache_config_info\{.*block_size="(\d+)",num_gpu_blocks="(\d+)"')
 
 
 class Unanswered(Exception):
@@ -284,6 +290,16 @@ def bytes_written(pid: int) -> int:
     return total
 
 
+def fill_cache(target: Target) -> None:
+    """Uses every block of the KV cache once, where it is a small one."""
+    found = CACHE_INFO.search(ask(target, "GET", "/metrics").body.decode())
+    num_tokens = int(found[1]) * int(found[2]) if found else 0
+    if num_tokens <= MAX_FILLED:
+        for at in range(0, num_tokens, 500):
+            body = {"prompt": [100 + at // 500, *range(200, 700)], "max_tokens": 1}
+            ask(target, "POST", "/v1/completions", body)
+
+
 class Before:
     """A server before an attack: its processes, its memory, how often its engine was started again, and what it answers
     to a plain request."""
@@ -292,6 +308,7 @@ class Before:
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        fill_cache(target)
         self._answer = self._probe()
         self._restarts = metric(target, RESTARTS)
         self._pids: list[int] = []

@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from tests.robustness.attack_client import MIB, Before, Connection, Reply, Unanswered, ask, error_fault, note_first
+from tests.robustness.attack_client import (
+    FLAGS,
+    MIB,
+    Before,
+    Connection,
+    Reply,
+    Unanswered,
+    ask,
+    error_fault,
+    note_first,
+)
 from tests.robustness.fuzz_cases import Case, Route, mutation_cases, routes_of, value_cases
 from tests.robustness.fuzz_http import http_cases, size_cases
 from tests.robustness.http_load import percentile
@@ -144,4 +154,4 @@ async def measure(target: Target, score: Score, short: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("fuzz", __doc__, measure, lambda short: ("--threads", "1")))
+    sys.exit(run_script("fuzz", __doc__, measure, lambda short: FLAGS))

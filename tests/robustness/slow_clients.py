@@ -2,8 +2,8 @@
 
     python -m tests.robustness.slow_clients [--short] [--url URL] [--json FILE]
 
-Some send a header's byte now and then and never end; some read their answer a byte a second; some never read. What lies
-unread, and when it stopped flowing, is read from the kernel's table of sockets: the server must be on this machine. Each
+Some send a byte of a header now and then and never end; some read a byte a second; some never read. What lies unread,
+and when it stopped flowing, is read from the kernel's table of sockets: the server must be on this machine. Each
 event carries the model's name, which is a long one here, so that answers do not fit the sockets' buffers. What slow
 clients do to others is measured once their answers are computed: until then it is the work they ask for that costs.
 """

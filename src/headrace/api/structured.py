@@ -92,7 +92,7 @@ def _response_format(value: object) -> str:
     if kind == "json_schema":
         _no_others("response_format", fields, ("type", "json_schema"))
         return _named_schema("response_format.json_schema", fields.get("json_schema"))
-    if kind in ("json", "regex") and "value" in fields:  # as TGI's chat route takes it
+    if kind in ("json", "json_object", "regex") and "value" in fields:  # as TGI's chat route takes it
         return _tgi_grammar("response_format", fields)
     if kind not in ("text", "json_object"):
         raise InvalidParameter("response_format.type", kind, _FORMATS)
