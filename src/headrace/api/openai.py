@@ -380,9 +380,10 @@ def _encode(request: ApiRequest, opened: OpenModel, prompt: Prompt, now: datetim
         shown = None
         if described or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             messages, shown = fit_tools(opened.tokenizer.chat_template or "", messages, described)
-        return opened.tokenizer.chat(messages, now=now, tools=shown, **request.variables)
+        text = opened.tokenizer.render(messages, now=now, tools=shown, **request.variables)
+        return opened.encode_text(text, add_special_tokens=False)
     if isinstance(prompt, str) and not request.add_special_tokens:
-        return opened.tokenizer.encode(prompt, add_special_tokens=False)
+        return opened.encode_text(prompt, add_special_tokens=False)
     return prompt
 
 
@@ -393,7 +394,9 @@ def _truncated(request: ApiRequest, opened: OpenModel, prompt: Prompt) -> Prompt
     if most < 0:
         longest, answer = opened.limits.max_model_len, request.sampling.max_tokens or 1
         most = longest - answer if answer < longest else longest - 1  # a longer answer is cut anyway
-    return opened.encode(prompt)[-most:]
+    # However long it is: what is asked for is its end.
+    ids = opened.tokenizer.encode(prompt) if isinstance(prompt, str) else opened.encode(prompt)
+    return ids[-most:]
 
 
 def _call_grammar(request: ApiRequest, opened: OpenModel, tool_parser: str) -> str:

@@ -185,7 +185,9 @@ def _adapter(value: object, limits: EngineLimits) -> str:
 
 def engine_requests(request: TgiRequest, opened: OpenModel, label: str, salt: str = "") -> tuple[Request, ...]:
     """One engine request for each of the answers of which the best is told. Raises RequestError."""
-    token_ids = opened.encode(request.inputs)
+    # However long the text is, where only its end is asked for.
+    encode = opened.encode_text if request.truncate is None else opened.tokenizer.encode
+    token_ids = tuple(encode(request.inputs))
     if request.truncate is not None:
         token_ids = token_ids[-request.truncate :]
     wanted, room = request.sampling.max_tokens, opened.limits.max_model_len

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, cast
 from headrace.backends.base import Backend, BackendOptions, ReadsAhead
 from headrace.core.adapters import parse_adapters
 from headrace.core.config import EngineConfig, ResolvedConfig
-from headrace.core.errors import BackendUnavailable, HeadraceError, InvalidParameter, RequestError
+from headrace.core.errors import (
+    BackendUnavailable,
+    ContextLengthExceeded,
+    HeadraceError,
+    InvalidParameter,
+    RequestError,
+)
 from headrace.core.resolve import INSTALL, check_config, resolve
 from headrace.core.spec import WeightMap
 from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
@@ -46,6 +52,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 """Text (continued as it is), token ids, or chat messages (put through the model's template)."""
 OnProgress = Callable[[float], None]
 """Hears which share of the weights has been read, 0 to 1."""
+SAMPLE_CHARACTERS = 16
+"""For each token of the context: so much of a long text is tokenised to see whether it can be a prompt at all."""
 MOST_HELD = 8 * 2**20
 """Bytes of a checkpoint's tensors that stay in memory beside those that a backend has made of them."""
 
@@ -127,16 +135,29 @@ class OpenModel:
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any kind. Raises RequestError."""
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
+            return tuple(self.encode_text(prompt))
         allowed = "text, a list of token ids or a list of messages"
         if not isinstance(prompt, Sequence):
             raise InvalidParameter("prompt", prompt, allowed)
         if prompt and all(isinstance(part, Mapping) for part in prompt):
-            return tuple(self.tokenizer.chat(cast("Sequence[Message]", prompt)))
+            return tuple(self.encode_text(self.tokenizer.render(cast("Sequence[Message]", prompt)), False))
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidParameter("prompt", token_id, allowed)
         return tuple(cast("Sequence[int]", prompt))
+
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt's text. One that is far too long for the context is found out by its beginning: two
+        megabytes take three seconds. Raises RequestError."""
+        longest = self.limits.max_model_len
+        if len(text) > 2 * SAMPLE_CHARACTERS * longest:
+            count = len(self.tokenizer.encode(text[: SAMPLE_CHARACTERS * longest], False))
+            if count > 2 * longest:
+                raise ContextLengthExceeded(
+                    f"the prompt has more than {count} tokens, allowed: up to {longest - 1}, since prompt and answer "
+                    f"share {longest}"
+                )
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def requests(
         self,

@@ -209,6 +209,11 @@ class ServerMetrics:
         if share is not None and self._energy is not None:
             self._energy.end(share)
 
+    @property
+    def ended(self) -> int:
+        """Requests that ended in any way."""
+        return sum(self._reasons.values()) + sum(self._errors.values())
+
     # ------------------------------------------------------------ figures of others
 
     def engine(self, stats: EngineStats | None, restarts: int = 0) -> None:

@@ -102,7 +102,6 @@ class StreamResponse(Response):
                 if data:
                     await self._send(send, data)
             completions = [one for one in run.completions if one is not None]
-            self._service.count_finished()
             await self._send(send, writer.finish(completions), more=False)
         finally:
             if timer is not None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -35,8 +35,7 @@ from headrace.text.grammar_worker import GrammarChecker
 
 MIN_RETRY_S, MAX_RETRY_S = 1, 60
 """What `Retry-After` says."""
-RATE_WINDOW_S = 30.0
-"""Seconds over which the rate of finished requests is averaged."""
+RATE_SAMPLES = 10
 TIMEOUT_HEADER = "x-request-timeout"
 SAMPLE_S = 1.0
 """Between two looks at the meters and the engine's counts."""
@@ -44,19 +43,23 @@ SAMPLE_S = 1.0
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Rate:
-    """Events a second, averaged with a weight that falls by e in `RATE_WINDOW_S`."""
+class DrainRate:
+    """Requests that end in a second while others wait for their place; 0: not known. Idle times say nothing of it."""
 
-    value: float = 0.0
-    last_s: float | None = None
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._before: tuple[float, int] | None = None
 
-    def count(self, now_s: float) -> None:
-        if self.last_s is not None:
-            gap_s = max(1e-6, now_s - self.last_s)
-            share = min(1.0, gap_s / RATE_WINDOW_S)
-            self.value += share * (1 / gap_s - self.value) if self.value else 1 / gap_s
-        self.last_s = now_s
+    def sample(self, now_s: float, ended: int, is_queued: bool) -> None:
+        """To be called once a second. Averaged over about `RATE_SAMPLES` of them."""
+        if not is_queued:
+            self._before = None
+            return
+        if self._before is not None:
+            then_s, then = self._before
+            rate = (ended - then) / max(1e-6, now_s - then_s)
+            self.value += (rate - self.value) / RATE_SAMPLES if self.value else rate
+        self._before = (now_s, ended)
 
 
 class Service:
@@ -86,7 +89,7 @@ class Service:
         self.draining = False
         self._ending: asyncio.Event = asyncio.Event()
         self._preparing = 0
-        self._finished = Rate()
+        self._drained = DrainRate()
         # Templates and long texts are not for the loop that every stream waits on.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="headrace-prepare")
         # A grammar may take its whole second. Those that wait for one another here are told so by the checker.
@@ -131,16 +134,18 @@ class Service:
         if not self.supervisor.ready:
             self.metrics.rejected(NotReady.code, count)
             raise NotReady("the engine is not ready", retry_after_s=MIN_RETRY_S)
-        room = self.opened.config.max_num_seqs + self.settings.max_queued
+        seats = self.opened.config.max_num_seqs
+        room = seats + self.settings.max_queued
+        if count > room:
+            raise InvalidParameter("n", count, f"prompts × n up to {room}, all that run and wait on this server")
         live = self.supervisor.live + self._preparing
-        waiting = live + count - self.opened.config.max_num_seqs
-        wait_s = waiting / self._finished.value if self._finished.value else 0.0
-        if live + count > room or (waiting > 0 and wait_s > self.settings.queue_timeout):
+        wait_s = (live + count - seats) / self._drained.value if self._drained.value else 0.0
+        if live + count > room or wait_s > self.settings.queue_timeout:
             self.metrics.rejected(QueueFull.code, count)
             raise QueueFull(
-                f"{max(0, live - self.opened.config.max_num_seqs)} requests wait already, allowed: "
-                f"{self.settings.max_queued}, and no longer than {self.settings.queue_timeout:g} s",
-                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, round(wait_s / 2))),
+                f"{max(0, live - seats)} requests wait already, allowed: {self.settings.max_queued}, and no longer "
+                f"than {self.settings.queue_timeout:g} s",
+                retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait_s / 2)),
             )
 
     async def prepare(
@@ -198,16 +203,11 @@ class Service:
             await asyncio.wait([gone, answered], return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
                 raise ClientGone("the client closed the connection")
-            self._finished.count(time.monotonic())
             return answered.result()
         finally:
             run.close()
             for task in (gone, answered):
                 task.cancel()
-
-    def count_finished(self) -> None:
-        """A body was answered: what the queue's drain rate is made of."""
-        self._finished.count(time.monotonic())
 
     # ------------------------------------------------------------ state
 
@@ -220,6 +220,8 @@ class Service:
         while True:
             await asyncio.sleep(SAMPLE_S)
             self.metrics.sample()
+            is_queued = self.supervisor.live > self.opened.config.max_num_seqs
+            self._drained.sample(time.monotonic(), self.metrics.ended, is_queued)
             await self.refresh()
 
     async def refresh(self) -> None:
