@@ -107,6 +107,9 @@ def test_stop_strings_end_the_answer_without_them(llm: LLM) -> None:
     assert ", 7" in plain.text and stopped.text == plain.text.split(", 7")[0]
     assert stopped.finish_reason == "stop" and len(stopped.token_ids) < len(plain.token_ids)
     assert stopped.token_ids == plain.token_ids[: len(stopped.token_ids)]
+    # The last token that is allowed completes the stop string: it is what ended the answer.
+    last = llm.generate("1, 2, 3, 4,", max_tokens=len(stopped.token_ids), stop=[", 7"])[0]
+    assert (last.finish_reason, last.text) == ("stop", stopped.text)
 
 
 def test_sampling_is_repeatable_and_independent_of_company(llm: LLM) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.core.errors import HeadraceError
-from headrace.core.types import ErrorEvent, FinishEvent, Request, TokenEvent, TokenLogprobs
+from headrace.core.types import ErrorEvent, FinishEvent, FinishReason, Request, TokenEvent, TokenLogprobs
 from headrace.text.detokenize import Detokenizer
 from headrace.text.stop import StopStrings
 from headrace.text.tokenizer import Tokenizer
@@ -156,6 +156,10 @@ class Answer:
         if self._first_s is not None and self._last_s is not None and self._last_s > self._first_s:
             rate = (count - 1) / (self._last_s - self._first_s)
         sampling = self.request.sampling
+        reason = None if isinstance(event, ErrorEvent) else str(event.reason)
+        if reason is not None and self._stopped:
+            # The engine may have come to the limit before it heard of the stop string, or at the same token.
+            reason = str(FinishReason.STOP)
         joined_s = None if isinstance(event, ErrorEvent) else event.joined_s
         return Completion(
             index=self.index,
@@ -163,7 +167,7 @@ class Answer:
             prompt_token_ids=self.request.token_ids,
             token_ids=tuple(self._token_ids),
             text="".join(self._text),
-            finish_reason=None if isinstance(event, ErrorEvent) else str(event.reason),
+            finish_reason=reason,
             seed=sampling.seed,
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
             prompt_logprobs=self.prompt_logprobs,
