@@ -8,6 +8,8 @@ EXTRAS := torch,serve,otel,test,check
 BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+# Scripts that hurt a running server; each says what it measured and what that must be.
+HURT := disconnects slow_clients overload deadlines engine_kills drain
 
 # $(call say,LINE)
 say = @printf '%s\n' "$(1)"
@@ -45,10 +47,12 @@ clean: ## remove the environment, the caches and the reports
 	rm -f headrace-compare.html headrace-compare.json headrace-bench.json headrace-bench.svg src/headrace/backends/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: each noticed? a batch killed again and again; one answer however it is computed
+robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: each noticed? a batch and a server hurt in every way; one answer however it is computed
 	@$(BIN)/python -m tests.robustness.mutants
 	@$(BIN)/python -m tests.robustness.batch_kill --kills 20 --torn 5
 	@$(BIN)/python -m tests.robustness.invariance
+	@failed=; for name in $(HURT); do $(BIN)/python -m tests.robustness.$$name || failed="$$failed $$name"; done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 sanitize: $(VENV)/dev.stamp ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python -m tests.robustness.sanitize
@@ -56,7 +60,10 @@ sanitize: $(VENV)/dev.stamp ## the kernels' tests under AddressSanitizer and Und
 bench: $(VENV)/dev.stamp ## headrace and other engines, side by side (installs them; BENCH="--engines ... --work ...")
 	@$(BIN)/python -m benchmarks.peers --setup --json headrace-bench.json --svg headrace-bench.svg $(BENCH)
 
-clients gpu-check docs:
+clients: $(VENV)/dev.stamp ## clients of other projects, unchanged, each in an environment of its own (CLIENTS="NAME ..." for some)
+	@$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+gpu-check docs:
 	@echo "make $@: not built yet" >&2; exit 2
 
 # `made` and `unfinished` mark an environment as ours: only such a one is ever removed to be made anew.

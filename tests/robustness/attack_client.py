@@ -79,6 +79,7 @@ class Connection:
         self._wait_s = wait_s
         self._socket: socket.socket | None = None
         self._data = b""
+        self._bodiless = False
 
     def __enter__(self) -> Connection:
         return self
@@ -96,6 +97,7 @@ class Connection:
         Raises Unanswered."""
         reused = self._socket is not None
         whole = isinstance(data, bytes)
+        self._bodiless = isinstance(data, bytes) and data.startswith(b"HEAD ")
         try:
             return self._ask([data] if isinstance(data, bytes) else data)
         except _ClosedUnasked:
@@ -192,6 +194,8 @@ class Connection:
         return int(rest[:3]), headers
 
     def _pieces(self, headers: Mapping[str, str]) -> Iterator[tuple[float, bytes]]:
+        if self._bodiless:
+            return
         if "content-length" in headers:
             data = self._exactly(int(headers["content-length"]))
             yield time.perf_counter(), data
@@ -399,7 +403,9 @@ class Witness(threading.Thread):
 
 def _answer(events: Sequence[Mapping[str, Any]]) -> str:
     """All that must not depend on what else goes on. Ids and times do; so does how many tokens an event has."""
-    text, ids, logprobs, end = "", [], [], None
+    text, end = "", None
+    ids: list[int] = []
+    logprobs: list[tuple[Any, ...]] = []
     for event in events:
         if "error" in event:
             raise Unanswered(f"an error event: {event['error']}")

@@ -1,11 +1,15 @@
 """`headrace batch` killed with -9 at random points, inside writes, and on a full disk: is the file the same in the end?
 
-    python -m tests.robustness.batch_kill --kills 20 --torn 5
+    python -m tests.robustness.batch_kill --kills 20 --torn 5 [--url]
 
 The process is the real command on a tiny random model. One batch is killed again and again and always started with the
 same command; when it gets to its end, its files are compared byte for byte with those of a run that nothing disturbed.
 A torn write is a real one: the process writes half of a record and kills itself there. The full disk is a tmpfs of the
 size that a user namespace may mount, or, where there are none, a limit on the size of a file.
+
+With --url it is the command's other half that is killed: the lines are answered by a server of the same model, which
+lives on. Its ids, its times and what its cache held are left out of the comparison, and every line that draws has a
+seed.
 """
 
 from __future__ import annotations
@@ -22,14 +26,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.server.conftest import serving
 from tests.unit.batch_cases import mixed_lines, tiny_model, write_lines
 
 WINDOW = 16
 """Requests in flight, and so the most lines that a kill may cost: 2 × --max-num-seqs."""
 FLAGS = ("--threads", "1", "--max-num-seqs", str(WINDOW // 2))
+URL_FLAGS = ("--concurrency", str(WINDOW))
+SERVERS_OWN = re.compile(
+    rb'"id":"(chatcmpl|cmpl)-[0-9a-f]+",|"created":[0-9]+,|,"prompt_tokens_details":\{[^{}]*\}', re.ASCII
+)
+"""What a server makes anew in each body."""
 TORN = """
 import os, signal, sys
 from headrace.cli.main import main
@@ -55,13 +66,22 @@ class Case:
     folder: Path
     num_lines: int
     draw: random.Random
+    model: str = ""
+    """A folder or a URL; empty: a tiny model of its own."""
     kills: int = 0
     again: int = 0
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = tiny_model(self.folder / "tiny")
-        self.source = write_lines(self.folder / "in.jsonl", mixed_lines(self.num_lines))
+        self.is_url = self.model.startswith("http")
+        self.model = self.model or str(tiny_model(self.folder / "tiny"))
+        self.flags = URL_FLAGS if self.is_url else FLAGS
+        lines = mixed_lines(self.num_lines)
+        for k, line in enumerate(lines if self.is_url else ()):
+            line["body"].setdefault("seed", k)
+            if "no_such_field" in line["body"]:
+                line["body"]["top_p"] = 9  # a server looks away from the one, and refuses the other
+        self.source = write_lines(self.folder / "in.jsonl", lines)
         self.out = self.folder / "out.jsonl"
         self.journal = self.folder / "out.jsonl.journal"
         plain = self.folder / "plain.jsonl"
@@ -69,11 +89,19 @@ class Case:
         done = self.finish(plain)
         self.undisturbed_s = time.monotonic() - began_s
         self.notes.append(f"undisturbed, {self.undisturbed_s:.1f} s: {done.stderr.splitlines()[0]}")
-        self.expected = files_of(plain)
+        self.expected = self.files_of(plain)
+        self.size_of_output = plain.stat().st_size
         self.journal_bytes = 0
 
     def command(self, out: Path, *extra: str, source: Path | None = None) -> list[str]:
-        return ["batch", str(self.model), str(source or self.source), str(out), *FLAGS, *extra]
+        return ["batch", self.model, str(source or self.source), str(out), *self.flags, *extra]
+
+    def files_of(self, out: Path) -> tuple[bytes, bytes]:
+        """The answers and the errors."""
+        answers, errors = out.read_bytes(), out.with_name(out.name.replace(".jsonl", ".errors.jsonl")).read_bytes()
+        if self.is_url:
+            answers, errors = SERVERS_OWN.sub(b"", answers), SERVERS_OWN.sub(b"", errors)
+        return answers, errors
 
     def start(self, out: Path | None = None, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         line = [sys.executable, "-m", "headrace.cli.main", *self.command(out or self.out)]
@@ -128,7 +156,7 @@ class Case:
     def check(self) -> None:
         """Runs it to its end and compares; the next disturbance begins a new batch."""
         done = self.finish()
-        found = files_of(self.out)
+        found = self.files_of(self.out)
         assert found == self.expected, "the files differ from those of the undisturbed run"
         assert not self.journal.exists()
         left = {path.name for path in self.folder.iterdir() if "partial" in path.name}
@@ -138,10 +166,6 @@ class Case:
         assert self.again <= self.kills * WINDOW, f"{self.again} lines again after {self.kills} kills"
         for name in ("out.jsonl", "out.errors.jsonl"):
             (self.folder / name).unlink()
-
-
-def files_of(out: Path) -> tuple[bytes, bytes]:
-    return out.read_bytes(), out.with_name(out.name.replace(".jsonl", ".errors.jsonl")).read_bytes()
 
 
 def kill_randomly(case: Case, kills: int) -> None:
@@ -198,7 +222,7 @@ def fill_disk(case: Case, kib: int) -> None:
     lines = done.stderr.splitlines()
     assert "No space left on device; what is done is kept" in lines[0] and lines[1] == "exit 1", done.stderr
     assert "out.jsonl" not in lines, "there was an output although the disk was full"
-    assert files_of(case.out) == case.expected
+    assert case.files_of(case.out) == case.expected
     for name in ("out.jsonl", "out.errors.jsonl"):
         (case.folder / name).unlink()
     case.notes.append(f"a disk of {kib} KiB: {lines[0].split('/')[-1]!r}, then files equal")
@@ -222,10 +246,11 @@ def change_input(case: Case) -> None:
     case.source.write_bytes(original)
     os.utime(case.source, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert case.journal.read_bytes() == kept
-    refused_flags = [sys.executable, "-m", "headrace.cli.main", *case.command(case.out, "--dtype", "bfloat16")]
-    refused(subprocess.Popen(refused_flags, stderr=subprocess.PIPE, text=True), "was begun with dtype 'float32'")
+    if not case.is_url:
+        refused_flags = [sys.executable, "-m", "headrace.cli.main", *case.command(case.out, "--dtype", "bfloat16")]
+        refused(subprocess.Popen(refused_flags, stderr=subprocess.PIPE, text=True), "was begun with dtype 'float32'")
     case.check()
-    case.notes.append("another input, another dtype: refused; then files equal")
+    case.notes.append(f"another input{'' if case.is_url else ', another dtype'}: refused; then files equal")
 
 
 def run_two(case: Case) -> None:
@@ -239,7 +264,7 @@ def run_two(case: Case) -> None:
         first.send_signal(signal.SIGCONT)
     first.communicate(timeout=LIMIT_S)
     assert first.returncode == 0
-    assert files_of(case.out) == case.expected
+    assert case.files_of(case.out) == case.expected
     assert "already complete" in case.finish().stderr
     for name in ("out.jsonl", "out.errors.jsonl"):
         (case.folder / name).unlink()
@@ -272,25 +297,34 @@ def main() -> int:
     parser.add_argument("--torn", type=int, default=5)
     parser.add_argument("--lines", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--url", action="store_true", help="against a server of the tiny model")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        case = Case(Path(folder), arguments.lines, random.Random(arguments.seed))
-        kill_randomly(case, arguments.kills)
-        tear_writes(case, arguments.torn)
-        if namespaces_work():
-            out_kib = len(case.expected[0]) // 1024
-            fill_disk(case, out_kib // 3)  # the journal does not fit
-            fill_disk(case, 3 * out_kib // 2)  # the journal fits, the output beside it does not
-        else:
-            limit_file_size(case, len(case.expected[0]) // 3)
-            limit_file_size(case, 40)
-        change_input(case)
-        run_two(case)
-        interrupt(case, signal.SIGINT)
-        interrupt(case, signal.SIGTERM)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = ""
+        if arguments.url:
+            own = tiny_model(Path(folder) / "tiny")
+            model = stack.enter_context(serving(own, "--threads", "1")).url
+        case = Case(Path(folder), arguments.lines, random.Random(arguments.seed), model)
+        run_all(case, arguments.kills, arguments.torn)
         print("\n".join(case.notes))
         print(f"computed twice: {case.again} lines over {case.kills} kills, allowed: {case.kills * WINDOW}")
     return 0
+
+
+def run_all(case: Case, kills: int, torn: int) -> None:
+    kill_randomly(case, kills)
+    tear_writes(case, torn)
+    if namespaces_work():
+        out_kib = case.size_of_output // 1024
+        fill_disk(case, out_kib // 3)  # the journal does not fit
+        fill_disk(case, 3 * out_kib // 2)  # the journal fits, the output beside it does not
+    else:
+        limit_file_size(case, case.size_of_output // 3)
+        limit_file_size(case, 40)
+    change_input(case)
+    run_two(case)
+    interrupt(case, signal.SIGINT)
+    interrupt(case, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tests.robustness.http_load import (
     Outcome,
     answer_body,
     ask,
+    computed_tokens,
     figures,
     percentile,
     until_free,
@@ -54,9 +55,9 @@ def is_right(outcome: Outcome) -> bool:
 async def alone(target: Target, seconds: float) -> float:
     """One long request that runs into its deadline: tokens computed in the second after it was told so."""
     await ask(target.address, answer_body("The longest canal", 4000, stream=True, timeout=seconds))
-    first = (await figures(target.address))["engine_computed_tokens_total"]
+    first = computed_tokens(await figures(target.address))
     await asyncio.sleep(SETTLE_S)
-    return (await figures(target.address))["engine_computed_tokens_total"] - first
+    return computed_tokens(await figures(target.address)) - first
 
 
 async def measure(target: Target, score: Score, short: bool) -> None:

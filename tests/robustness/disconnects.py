@@ -24,6 +24,7 @@ from tests.robustness.http_load import (
     Outcome,
     answer_body,
     ask,
+    computed_tokens,
     descriptors,
     figures,
     get,
@@ -197,7 +198,7 @@ async def all_at_once(target: Target, count: int, alone: str) -> tuple[float, bo
 async def tokens_too_many(target: Target, at: int, prompt_tokens: int) -> float:
     """A lone stream's client leaves at its token number `at`: tokens that are computed after the one being computed
     then."""
-    before = (await figures(target.address))["engine_computed_tokens_total"]
+    before = computed_tokens(await figures(target.address))
     connection = await Connection.open(target.address)
     connection.send(request_bytes(COMPLETIONS, answer_body(PROMPTS[0], LONG, stream=True, return_token_ids=True)))
     await connection.head()
@@ -208,7 +209,7 @@ async def tokens_too_many(target: Target, at: int, prompt_tokens: int) -> float:
             break
     connection.cut()
     await until_free(target.address)
-    after = (await figures(target.address))["engine_computed_tokens_total"]
+    after = computed_tokens(await figures(target.address))
     # The first token comes with the last of the prompt; while the last one seen was on its way, the next was begun.
     return after - before - (prompt_tokens + seen - 1) - 1
 
@@ -254,9 +255,9 @@ async def count_slots(target: Target) -> int:
 
 
 async def lone_streams(target: Target, score: Score, times: int, draw: random.Random) -> None:
-    before = (await figures(target.address))["engine_computed_tokens_total"]
+    before = computed_tokens(await figures(target.address))
     await ask(target.address, answer_body(PROMPTS[0], 1))
-    prompt_tokens = int((await figures(target.address))["engine_computed_tokens_total"] - before)
+    prompt_tokens = int(computed_tokens(await figures(target.address)) - before)
     late = [await tokens_too_many(target, draw.randint(1, 40), prompt_tokens) for _ in range(times)]
     score.note(f"tokens after the one being computed when a lone client left: {sorted(int(one) for one in late)}")
     score.at_most("the same, half of the times", percentile(late, 0.5), 1, "tokens")
@@ -267,7 +268,7 @@ async def nothing_left(target: Target, score: Score, leaks: float, files: int) -
     first = await figures(target.address)
     await asyncio.sleep(SETTLE_S)
     last = await figures(target.address)
-    computed = last["engine_computed_tokens_total"] - first["engine_computed_tokens_total"]
+    computed = computed_tokens(last) - computed_tokens(first)
     score.zero(f"tokens computed in {SETTLE_S:g} s with nobody there", computed)
     score.zero("times that blocks were missing", last.get("engine_block_leaks_total", 0) - leaks)
     score.zero("engine restarts", last.get("engine_restarts_total", 0))

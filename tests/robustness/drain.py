@@ -24,6 +24,7 @@ from tests.robustness.http_load import (
     CUT,
     ERROR,
     Address,
+    Connection,
     Outcome,
     answer_body,
     ask,
@@ -31,6 +32,7 @@ from tests.robustness.http_load import (
     get,
     is_alive,
     percentile,
+    request_bytes,
 )
 from tests.robustness.score import Score, finish, options
 from tests.server.conftest import Running, serving
@@ -62,6 +64,7 @@ SECOND = Case("second signal", tokens=LONG_ANSWER, second_s=0.5)
 TOO_LONG = Case("drain too short", ("--drain=1",), LONG_ANSWER, drain_s=1.0)
 INTERRUPTED = Case("SIGINT", first=signal.SIGINT)
 IDLE = Case("nobody there", tokens=0)
+FULL = (FINISHES,) * 30 + (SECOND,) * 10 + (TOO_LONG,) * 5 + (INTERRUPTED,) * 2 + (IDLE,) * 3
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class Found:
     endings: Counter[str] = field(default_factory=Counter)
     statuses: list[int] = field(default_factory=list)
     """Of the processes."""
+    heeded_s: list[float] = field(default_factory=list)
+    """From the signal until it is not ready."""
     refusals_s: list[float] = field(default_factory=list)
     wrong_news: list[str] = field(default_factory=list)
     """What new requests were told instead of 503."""
@@ -86,8 +91,12 @@ class Found:
 
 
 async def knock(address: Address, process: subprocess.Popen[str], found: Found) -> None:
-    """New requests, one after the other, until the process has ended."""
+    """From when the signal is heeded: new requests, one after the other, until the process has ended."""
     news: list[Outcome] = []
+    began_s = time.monotonic()
+    while process.poll() is None and (await get(address, "/health/ready"))[0] == 200:
+        pass
+    found.heeded_s.append(time.monotonic() - began_s)
     while process.poll() is None:
         news.append(await ask(address, answer_body("Too late", 1), timeout_s=10))
         ready, _ = await get(address, "/health/ready")
@@ -99,6 +108,16 @@ async def knock(address: Address, process: subprocess.Popen[str], found: Found) 
             found.refusals_s.append(one.seconds)
         elif one.ending != CUT or one.began_s < ended_s - LAST_S:
             found.wrong_news.append(one.code or one.ending)
+
+
+async def hangers_on(address: Address) -> list[Connection]:
+    """Connections that ask for nothing: after an answer, before a request, inside one's headers."""
+    found = [await Connection.open(address) for _ in range(3)]
+    found[0].send(request_bytes("/health/live"))
+    await found[0].head()
+    await found[0].body()
+    found[2].send(request_bytes("/health/live")[:-2])
+    return found
 
 
 async def round_of(running: Running, case: Case, count: int, found: Found, draw: random.Random) -> None:
@@ -117,6 +136,7 @@ async def round_of(running: Running, case: Case, count: int, found: Found, draw:
     while body and started < 64:
         await asyncio.sleep(0.01)
     await asyncio.sleep(draw.uniform(0, 0.5))
+    idle = await hangers_on(address)
     family = [running.process.pid, *descendants(running.process.pid)]
     running.process.send_signal(case.first)
     at_s = time.monotonic()
@@ -129,6 +149,8 @@ async def round_of(running: Running, case: Case, count: int, found: Found, draw:
     await knocking
     ended_s = time.monotonic()
     found.statuses.append(running.process.wait())
+    for connection in idle:
+        connection.close()
     if case.second_s is not None:
         found.after_second_s.append(ended_s - second_s)
     elif case.tokens == 0:
@@ -163,8 +185,7 @@ def shared_memory() -> set[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = options(__doc__, False, arguments)
     score = Score("drain")
-    full = [FINISHES] * 30 + [SECOND] * 10 + [TOO_LONG] * 5 + [INTERRUPTED] * 2 + [IDLE] * 3
-    cases = [FINISHES, SECOND] if given.short else full
+    cases = (FINISHES, SECOND) if given.short else FULL
     count, kills = (40, 0) if given.short else (100, 3)
     score.note(
         f"{len(cases)} servers, {dict(Counter(case.name for case in cases))}; {count} streams each; {kills} kill -9"
@@ -188,6 +209,7 @@ def judge(score: Score, found: Found, short: bool) -> None:
     score.note(f"streams: {dict(found.endings)}; {len(found.refusals_s)} new requests refused {found.wrong_news}")
     score.zero(f"neither finished nor told {CODE}", others, streams)
     score.zero("unfinished, although the drain had time for them", found.unfinished)
+    score.at_most("not ready after the signal", max(found.heeded_s), 0.25 * slack)
     score.zero("new requests that were told anything but 503", len(found.wrong_news))
     score.at_most("new requests: 503 after, p99", percentile(found.refusals_s, 0.99), 0.1 * slack)
     score.zero("/health/ready: not 503 while it drains", found.wrong_ready)

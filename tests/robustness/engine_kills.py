@@ -3,8 +3,8 @@
     python -m tests.robustness.engine_kills [--short] [--json FILE]
 
 A killed engine's clients get their error at once. A stopped one is not ready after three seconds; after thirty it is
-replaced. Some engines are killed again while they load. A short form lets a stopped engine go on instead. In the end, a
-server whose supervisor has died must not say that it lives.
+replaced. Some are killed again while they load. A short form lets a stopped engine go on instead. In the end, an
+engine is killed while connections use up all files, and a server whose supervisor has died must not say that it lives.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.robustness.http_load import (
     ERROR,
     SILENT,
     Address,
+    Connection,
     Outcome,
     answer_body,
     ask,
@@ -40,8 +41,9 @@ from tests.robustness.http_load import (
 )
 from tests.robustness.score import Score, Target, finish, options, own_server
 
+KILLS, STOPS = 50, 10
 CLIENTS = 16
-TOKENS = 64
+TOKENS = 24
 PARTS = ("wheel", "race", "stone", "gate", "pond", "roof", "door", "weir")
 PROMPTS = tuple(f"The {part} of the mill" for part in PARTS)
 PAUSE_S = 0.1
@@ -51,7 +53,7 @@ HANG_S = 30.0
 """After which a stopped engine is replaced (engine/supervisor.py)."""
 CODES = frozenset({"engine_fault", "not_ready"})
 MORTAL = """
-import asyncio, signal, sys
+import asyncio, resource, signal, sys
 from headrace.cli.main import main
 from headrace.engine.supervisor import Supervisor
 real = Supervisor.start
@@ -60,9 +62,13 @@ async def start(self):
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._task.cancel)
     return loaded
 Supervisor.start = start
-sys.exit(main(sys.argv[1:]))
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
 """
-"""The server, with a signal that ends its supervisor."""
+"""The server with few files, and with a signal that ends its supervisor."""
+MOST_FILES = 128
+AGAIN_S = 10.0
+"""For an engine to be back after all files were in use: a pause between two attempts included."""
 
 
 class Load:
@@ -192,11 +198,13 @@ async def pause_and_go_on(target: Target, load: Load, score: Score) -> float:
     return at_s
 
 
-def load_seconds(target: Target) -> float:
+async def load_seconds(target: Target) -> float:
     """What the server says that the engine's first start took."""
-    for line in target.log:
-        if found := re.match(r"\s*engine loaded\s+([0-9.]+) s", line):
-            return float(found[1])
+    for _ in range(100):
+        for line in tuple(target.log):
+            if found := re.match(r"\s*engine loaded\s+([0-9.]+) s", line):
+                return float(found[1])
+        await asyncio.sleep(LOOK_S)
     raise RuntimeError("the server did not say how long the engine loaded")
 
 
@@ -206,8 +214,8 @@ async def answers(address: Address) -> list[str]:
 
 async def measure(target: Target, score: Score, short: bool) -> None:
     assert target.pid is not None
-    kills, stops = (2, 0) if short else (50, 10)
-    load_s = load_seconds(target)
+    kills, stops = (2, 0) if short else (KILLS, STOPS)
+    load_s = await load_seconds(target)
     score.note(f"{kills} kills, {stops} stops; {CLIENTS} clients; the engine's first start took {load_s:.2f} s")
     alone = await answers(target.address)
     files = descriptors(target.pid)
@@ -215,10 +223,10 @@ async def measure(target: Target, score: Score, short: bool) -> None:
     draw = random.Random(16)
     load.begin()
     for turn in range(kills):
-        await asyncio.sleep(draw.uniform(0.2, 1.5))
+        await asyncio.sleep(draw.uniform(0.2, 2.0))
         await strike(target, load, killed, signal.SIGKILL, turn % 5 == 1 and not short, 60)
     for _ in range(stops):
-        await asyncio.sleep(draw.uniform(0.2, 1.5))
+        await asyncio.sleep(draw.uniform(0.2, 2.0))
         await strike(target, load, stopped, signal.SIGSTOP, False, 2 * HANG_S)
     if short:
         await asyncio.sleep(0.3)
@@ -266,7 +274,7 @@ async def whole(target: Target, score: Score, load: Load, alone: Sequence[str], 
 @contextmanager
 def mortal_server(model: str | Path, flags: Sequence[str]) -> Iterator[Target]:
     process = subprocess.Popen(
-        [sys.executable, "-c", MORTAL, "serve", str(model), "--port", "0", *flags],
+        [sys.executable, "-c", MORTAL, str(MOST_FILES), "serve", str(model), "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -280,6 +288,23 @@ def mortal_server(model: str | Path, flags: Sequence[str]) -> Iterator[Target]:
     finally:
         process.kill()
         process.communicate()
+
+
+async def no_files_left(target: Target, score: Score) -> None:
+    """The engine is killed while no file can be opened: it is started as soon as one can."""
+    assert target.pid is not None
+    connections = [await Connection.open(target.address) for _ in range(MOST_FILES)]
+    await asyncio.sleep(0.5)
+    kill(engine_pid(target.pid), signal.SIGKILL)
+    await asyncio.sleep(1.0)
+    for connection in connections:
+        connection.cut()
+    began_s = time.monotonic()
+    try:
+        await until_serving(target.address, AGAIN_S)
+    except TimeoutError:
+        began_s = float("-inf")
+    score.at_most("killed with no file left: an answer again after", time.monotonic() - began_s, AGAIN_S)
 
 
 async def dead_supervisor(target: Target, score: Score) -> None:
@@ -302,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score = Score("engine kills")
     with own_server(given.model, *given.flag) as target:
         asyncio.run(measure(target, score, given.short))
+    with mortal_server(given.model, given.flag) as target:
+        asyncio.run(no_files_left(target, score))
     with mortal_server(given.model, given.flag) as target:
         asyncio.run(dead_supervisor(target, score))
     return finish(score, given.json)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.robustness.attack_client import MIB, ask, request
-from tests.robustness.score import Target
+from tests.robustness.attack_client import MIB, request
 
-TIMEOUT = {"X-Request-Timeout": "3"}
+TIMEOUT = {"X-Request-Timeout": "1"}
 MAX_BODY = 2 * MIB
 """What a server takes by default."""
 
@@ -153,11 +152,10 @@ class Case:
     fresh: bool = False
 
 
-def routes_of(target: Target) -> list[Route]:
-    """Of the server's own description, and what that leaves out."""
-    described = ask(target, "GET", "/openapi.json").json()["paths"]
+def routes_of(described: Mapping[str, Json], more: Sequence[tuple[str, str]] = ()) -> list[Route]:
+    """Of the paths in the server's own description (`/openapi.json`), what that leaves out, and some more."""
     found = [(method.upper(), path, operation) for path, one in described.items() for method, operation in one.items()]
-    listed = [(method, path, {}) for method, path in UNLISTED]
+    listed: list[tuple[str, str, Json]] = [(method, path, {}) for method, path in (*UNLISTED, *more)]
     return [_route(method, path, operation) for method, path, operation in [*found, *listed] if method != "HEAD"]
 
 
@@ -174,7 +172,7 @@ def _kind_of(schema: Mapping[str, Json]) -> Kind | None:
     kind = next((one for one in ([kinds] if isinstance(kinds, str) else kinds) if one != "null"), None)
     if kind in ("integer", "number"):
         return (kind, schema.get("minimum"), schema.get("maximum"))
-    return {"boolean": FLAG, "string": TEXT, "object": OBJECT, "array": LIST}.get(kind)
+    return {"boolean": FLAG, "string": TEXT, "object": OBJECT, "array": LIST}.get(str(kind))
 
 
 # ---------------------------------------------------------------- wrong values and what is no JSON

@@ -289,7 +289,7 @@ async def get(address: Address, path: str, timeout_s: float = 5.0) -> tuple[int,
 
 
 async def figures(address: Address) -> dict[str, float]:
-    """/metrics by name without `headrace:`, summed over labels. Raises ConnectionError if there is no answer."""
+    """/metrics by name without its prefix, summed over labels. Raises ConnectionError if there is no answer."""
     status, body = await get(address, "/metrics")
     if status != 200:
         raise ConnectionError(f"/metrics: {status}")
@@ -297,7 +297,7 @@ async def figures(address: Address) -> dict[str, float]:
     for line in body.decode().splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
-            name = name.partition("{")[0].removeprefix("headrace:")
+            name = name.partition("{")[0].rpartition(":")[2]
             found[name] = found.get(name, 0.0) + float(value)
     return found
 
@@ -305,6 +305,12 @@ async def figures(address: Address) -> dict[str, float]:
 def held(found: Mapping[str, float]) -> float:
     """Requests and blocks that the engine has: 0 when nothing is left of any request."""
     return found["num_requests_running"] + found["num_requests_waiting"] + found["kv_cache_usage_perc"]
+
+
+def computed_tokens(found: Mapping[str, float]) -> float:
+    """Tokens that the engine has computed; of an engine that does not say, those of requests."""
+    of_requests = found["prompt_tokens_total"] + found["generation_tokens_total"]
+    return found.get("engine_computed_tokens_total", of_requests)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], limit_s: float) -> float:

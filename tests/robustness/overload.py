@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from tests.robustness.http_load import (
     ANSWER,
@@ -34,7 +35,6 @@ from tests.robustness.http_load import (
 )
 from tests.robustness.score import Score, Target, run_script
 
-TOKENS = 32
 FACTOR = 10
 PLACES, QUEUE = 32, 128
 """Of a server with default flags: requests that run, and that wait."""
@@ -46,10 +46,16 @@ TICK_S = 0.01
 class Size:
     peak_s: float
     overload_s: float
+    tokens: int
+    """Of an answer."""
 
 
-def request(number: int) -> bytes:
-    return request_bytes(COMPLETIONS, answer_body(f"Ship {number} came", TOKENS, stream=True))
+FULL = Size(20, 60, 32)
+SHORT = Size(3, 3, 16)
+
+
+def request(number: int, tokens: int) -> bytes:
+    return request_bytes(COMPLETIONS, answer_body(f"Ship {number} came", tokens, stream=True))
 
 
 def answers_between(outcomes: Sequence[Outcome], from_s: float, to_s: float) -> float:
@@ -62,29 +68,30 @@ def answers_between(outcomes: Sequence[Outcome], from_s: float, to_s: float) -> 
     return total
 
 
-async def peak(target: Target, seconds: float) -> float:
+async def peak(target: Target, size: Size) -> float:
     """Answers a second with every place taken and nobody waiting."""
-    pool = Pool(target.address)
+    pool, seconds = Pool(target.address), size.peak_s
     until_s = time.monotonic() + seconds
     outcomes: list[Outcome] = []
+    numbers = count(1_000_000)  # no two requests alike: each fills blocks of its own
 
-    async def client(number: int) -> None:
+    async def client() -> None:
         while time.monotonic() < until_s:
-            outcomes.append(await pool.ask(request(number), TIMEOUT_S))
+            outcomes.append(await pool.ask(request(next(numbers), size.tokens), TIMEOUT_S))
 
-    await asyncio.gather(*(client(number) for number in range(PLACES)))
+    await asyncio.gather(*(client() for _ in range(PLACES)))
     pool.close()
     return answers_between(outcomes, until_s - seconds / 2, until_s) / (seconds / 2)
 
 
-async def flood(target: Target, rate: float, seconds: float) -> list[Outcome]:
+async def flood(target: Target, rate: float, size: Size) -> list[Outcome]:
     """Requests at a fixed rate, each followed to its end."""
     pool = Pool(target.address)
     began_s = time.monotonic()
     tasks: list[asyncio.Task[Outcome]] = []
-    while (passed_s := time.monotonic() - began_s) < seconds:
+    while (passed_s := time.monotonic() - began_s) < size.overload_s:
         due = int(passed_s * rate)
-        tasks += [asyncio.create_task(pool.ask(request(n), TIMEOUT_S)) for n in range(len(tasks), due)]
+        tasks += [asyncio.create_task(pool.ask(request(n, size.tokens), TIMEOUT_S)) for n in range(len(tasks), due)]
         await asyncio.sleep(TICK_S)
     outcomes = await asyncio.gather(*tasks)
     pool.close()
@@ -107,16 +114,16 @@ async def until_normal(target: Target, ttft_s: float, limit_s: float = 30.0) -> 
 
 
 async def measure(target: Target, score: Score, short: bool) -> None:
-    size = Size(4, 4) if short else Size(20, 60)
+    size = SHORT if short else FULL
     ttft_s = await idle_ttft(target)
-    rate = await peak(target, size.peak_s)
+    rate = await peak(target, size)
     memory = family_bytes(target.pid) if target.pid else 0
     score.note(
-        f"peak {rate:.1f} answers of {TOKENS} tokens a second; then {FACTOR * rate:.0f} requests a second for "
+        f"peak {rate:.1f} answers of {size.tokens} tokens a second; then {FACTOR * rate:.0f} requests a second for "
         f"{size.overload_s:g} s; an idle server's first token after {1000 * ttft_s:.0f} ms"
     )
     began_s = time.monotonic()
-    outcomes = await flood(target, FACTOR * rate, size.overload_s)
+    outcomes = await flood(target, FACTOR * rate, size)
     ended_s = max(one.ended_s for one in outcomes)
     normal_s = await until_normal(target, ttft_s)
     answered = [one for one in outcomes if one.ending == ANSWER]
@@ -127,6 +134,7 @@ async def measure(target: Target, score: Score, short: bool) -> None:
     right = [one for one in refused if one.code == "queue_full" and 1 <= int(one.headers.get("retry-after", 0)) <= 60]
     others = len(outcomes) - len(answered) - len(right)
     score.zero("neither an answer nor 429 queue_full with Retry-After of 1–60 s", others, len(outcomes))
+    score.check("requests refused", len(refused), "> 0", bool(refused))
     score.zero("without any answer", sum(one.ending in (SILENT, CUT) for one in outcomes), len(outcomes))
     # In the beginning the queue is empty, and a refusal has nothing to wait for either.
     refused_s = [one.seconds for one in refused]

@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.robustness.http_load import Address
 from tests.server.conftest import serving
@@ -69,7 +70,7 @@ def own_server(model: str | Path, *flags: str) -> Iterator[Target]:
         yield Target(running.url, running.process.pid, running.log)
 
 
-Measure = Callable[[Target, Score, bool], Awaitable[None]]
+Measure = Callable[[Target, Score, bool], Coroutine[Any, Any, None]]
 
 
 def options(doc: str | None, black_box: bool, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -96,11 +96,14 @@ async def drip(address: Address) -> tuple[float, int]:
 class Unread:
     """Connections whose answers lie unread, or nearly: when each stopped flowing, and when the server let go of it."""
 
-    def __init__(self, address: Address, size: Size) -> None:
+    def __init__(self, target: Target, size: Size) -> None:
+        address = target.address
         self._port = f":{address[1]:04X}"
         self._trickling = size.trickling
         self._sockets: list[socket.socket] = []
-        body = answer_body("Slowly", size.answer_tokens, stream=True)
+        # A server from outside has a short name.
+        more = {} if target.pid else {"logprobs": 20}
+        body = answer_body("Slowly", size.answer_tokens, stream=True, **more)
         for _ in range(size.trickling + size.deaf):
             sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
@@ -221,7 +224,7 @@ async def headers_that_never_end(target: Target, score: Score, size: Size, alone
 
 async def unread_answers(target: Target, score: Score, size: Size, alone: Sequence[float], short: bool) -> None:
     memory = memory_bytes(target.pid) if target.pid else 0
-    unread = Unread(target.address, size)
+    unread = Unread(target, size)
     watching = asyncio.create_task(unread.watch(3 * size.write_s + 120))
     try:
         score.note(f"their answers were computed after {await computed(target):.1f} s")

@@ -49,6 +49,7 @@ def serving(model: str | Path, *flags: str, environ: dict[str, str] | None = Non
     timer.start()
     try:
         line = process.stdout.readline()
+        timer.cancel()
         if not line.startswith("listening on "):
             process.wait(10)
             reader.join(5)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,9 @@ def client(server_url: str) -> InferenceClient:
 
 @pytest.fixture(scope="module")
 def guarded(demo_path: Path) -> Iterator[Running]:
-    """With a key, and room for one request."""
-    with serving(
-        "demo", "--threads", "1", "--api-key", "secret", "--max-num-seqs", "1", "--max-queued", "0"
-    ) as running:
+    """With a key, and room for one request that runs and one that waits."""
+    flags = ("--threads", "1", "--api-key", "secret", "--max-num-seqs", "1", "--max-queued", "1", "--keep-alive", "0.1")
+    with serving("demo", *flags) as running:
         yield running
 
 
@@ -84,7 +84,7 @@ def test_every_parameter(client: InferenceClient) -> None:
     assert "".join(one.text for one in details.tokens) == first.generated_text.removeprefix(PROMPT)
     assert details.top_tokens is not None and [len(top) for top in details.top_tokens] == [2] * 4
     outputs = list(client.text_generation(PROMPT, stream=True, **asked))
-    assert [vars(one.token) for one in outputs] == [vars(one) for one in details.tokens]
+    assert [asdict(one.token) for one in outputs] == [asdict(one) for one in details.tokens]
     assert outputs[-1].generated_text == first.generated_text and outputs[-1].details is not None
     assert outputs[-1].details.input_length == 3
 
@@ -141,13 +141,14 @@ def test_errors_are_typed(client: InferenceClient, guarded: Running, stream: boo
     strange = InferenceClient(model=guarded.url, token="wrong")
     with pytest.raises(UnknownError, match="a key is needed"):
         list(strange.text_generation(PROMPT, stream=stream))
-    own = InferenceClient(model=guarded.url, token="secret")
-    busy = iter(own.text_generation(PROMPT, stream=True, max_new_tokens=2000))
+    first, second, third = (InferenceClient(model=guarded.url, token="secret", timeout=60) for _ in range(3))
+    busy = iter(first.text_generation(PROMPT, stream=True, max_new_tokens=2000))
     next(busy)
-    other = InferenceClient(model=guarded.url, token="secret")
+    waiting = second.text_generation(PROMPT, stream=True, max_new_tokens=4)  # hears comments until it is its turn
     with pytest.raises(OverloadedError):
-        list(other.text_generation(PROMPT, stream=stream))
-    own.exit_stack.close()
+        list(third.text_generation(PROMPT, stream=stream))
+    first.exit_stack.close()
+    assert len(list(waiting)) == 4
 
 
 # ---------------------------------------------------------------- chat_completion
@@ -167,7 +168,7 @@ def test_chat(client: InferenceClient) -> None:
         assert mine[-1].finish_reason == choice.finish_reason
         told = [scores for one in mine for scores in (one.logprobs.content if one.logprobs is not None else ())]
         assert choice.logprobs is not None and len(told) == 8
-        assert [vars(one) for one in told] == [vars(one) for one in choice.logprobs.content]
+        assert [asdict(one) for one in told] == [asdict(one) for one in choice.logprobs.content]
 
 
 def test_tools(client: InferenceClient) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 from headrace.core.config import EngineConfig
@@ -49,6 +50,8 @@ HANG_S = 30.0
 """After so long it is replaced."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 """Between two starts; twice as long after each that failed."""
+LOAD_S = 60.0
+"""A new engine may take so long to load, or ten times what the first one took."""
 STATS_S = 2.0
 """Most seconds to wait for the engine's counts."""
 _WATCH_S = 0.25
@@ -67,6 +70,8 @@ class Supervisor:
         self._process: _Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._busy_since = 0.0
+        self._load_s = 0.0
+        """What the first load took."""
         self._stats_waiters: list[asyncio.Future[EngineStats]] = []
         self.loaded: Loaded | None = None
         """What the running engine said when it was ready; None while there is none."""
@@ -75,9 +80,11 @@ class Supervisor:
 
     async def start(self) -> Loaded:
         """Starts the engine, and from then on keeps it running. Raises what the first load raised."""
+        began_s = time.monotonic()
         process = self._spawn()
         loaded = await process.ready()
         self.loaded = loaded
+        self._load_s = time.monotonic() - began_s
         self._task = asyncio.create_task(self._watch(process), name="engine-supervisor")
         return loaded
 
@@ -119,7 +126,18 @@ class Supervisor:
         for packed in events.events:
             sink = sinks.get(packed.id) if isinstance(packed, Tokens) else sinks.pop(packed.id, None)
             if sink is not None:
-                sink(unpack_event(packed))
+                self._tell_sink(sink, unpack_event(packed))
+
+    def _tell_sink(self, sink: Sink, event: Event) -> None:
+        """What goes wrong in one request's sink is that request's error alone."""
+        try:
+            sink(event)
+        except Exception:
+            log.exception("request %s cannot be told of its events", event.request_id)
+            self.abort(event.request_id)
+            message = "an internal fault while this answer was put together; no other was affected"
+            with suppress(Exception):  # it has had its chance
+                sink(ErrorEvent(event.request_id, EngineError.code, message, time.monotonic()))
 
     def fail_all(self, error: HeadraceError) -> None:
         """Ends every request with an error; the engine drops them."""
@@ -128,7 +146,7 @@ class Supervisor:
         for request_id, sink in sinks.items():
             if self._process is not None:
                 self._process.send(Abort(request_id))
-            sink(ErrorEvent(request_id, error.code, str(error), now_s))
+            self._tell_sink(sink, ErrorEvent(request_id, error.code, str(error), now_s))
 
     # ------------------------------------------------------------ health
 
@@ -141,7 +159,7 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Whether a request given now would be worked on."""
-        return self.loaded is not None and self.stalled_s() < STALL_S
+        return self.alive and self.loaded is not None and self.stalled_s() < STALL_S
 
     @property
     def alive(self) -> bool:
@@ -195,13 +213,18 @@ class Supervisor:
 
     async def _restart(self) -> _Process:
         pause_s = FIRST_PAUSE_S
+        limit_s = max(LOAD_S, 10 * self._load_s)
         while True:
-            process = self._spawn()
+            process = None
             try:
-                self.loaded = await process.ready()
+                process = self._spawn()
+                self.loaded = await asyncio.wait_for(process.ready(), limit_s)
                 return process
-            except HeadraceError as error:
+            except TimeoutError:
+                log.error("the engine was not loaded after %g s", limit_s)
+            except (HeadraceError, OSError) as error:
                 log.error("the engine cannot start: %s", error)
+            if process is not None:
                 await process.kill()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -231,7 +254,11 @@ class _Process(asyncio.Protocol):
         """Done once the channel is closed, by whichever side."""
         self._refused: Refused | None = None
         self.heartbeat = Heartbeat()
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            self.heartbeat.close()
+            raise
         descriptors = (theirs.fileno(), self.heartbeat.descriptor)
         try:
             with theirs:

@@ -32,6 +32,9 @@ from headrace.server.traces import Traces
 STEP_S = 0.1
 """How long a step may take while a client waits for a token or leaves: prompts are computed in pieces of this size."""
 BACKLOG = 2048
+COLLECT_EVERY = 5000
+"""New objects between two searches for garbage: a request leaves some, and a search among so few takes half a
+millisecond."""
 MAX_FILES = 65_536
 """A connection is a file, and the usual limit of 1,024 is less than the connections that are allowed."""
 LAST_WORDS_S = 2
@@ -138,6 +141,7 @@ class Server:
             # What is here now stays: no search for garbage, which stops every stream, need look at it again.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(COLLECT_EVERY)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             for name, seconds in self._phases.items():

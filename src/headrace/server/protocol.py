@@ -319,6 +319,9 @@ class _Protocol(HttpToolsProtocol):
                 logger.info("%s: an answer lay unread for %g s", SLOW_CLIENT, self.settings.write_timeout)
                 if self._running is not None:
                     self._running.scope["state"]["closed_by"] = SLOW_CLIENT
+                if self._socket is not None:
+                    # With a reset: otherwise what the kernel holds for the client stays there, and it sees no end.
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 transport.abort()
                 return
         self._tick_timer = self.loop.call_later(self._tick_s, self._tick)
