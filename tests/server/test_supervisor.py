@@ -111,6 +111,6 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_own_code(tmp_path: Path)
         with pytest.raises(CodedError) as caught:
             await one.start()
         await one.close()
-        assert caught.value.code == "bad_checkpoint" and caught.value.status == 422
+        assert caught.value.code == "model_not_found" and caught.value.status == 404
 
     run(test)

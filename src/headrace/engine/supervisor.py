@@ -54,6 +54,8 @@ LOAD_S = 60.0
 """A new engine may take so long to load, or ten times what the first one took."""
 STATS_S = 2.0
 """Most seconds to wait for the engine's counts."""
+EXIT_S = 0.1
+"""Most seconds to wait for the exit status of a process whose channel is closed."""
 _WATCH_S = 0.25
 ENGINE = ("-P", "-m", "headrace.engine.process")
 """What the interpreter is given. -P: a file of the folder that the server runs in is not to stand for a module."""
@@ -204,6 +206,7 @@ class Supervisor:
     async def _until_gone(self, process: _Process) -> str:
         while not self.closed:
             if process.gone:
+                await process.exited(EXIT_S)
                 return process.ending()
             if self.stalled_s() > HANG_S:
                 await process.dump()
@@ -314,6 +317,12 @@ class _Process(asyncio.Protocol):
     @property
     def gone(self) -> bool:
         return self.gone_event.done()
+
+    async def exited(self, most_s: float) -> None:
+        """Waits a moment for its exit status: a channel closes before its process is gone."""
+        until_s = time.monotonic() + most_s
+        while self._process.poll() is None and time.monotonic() < until_s:
+            await asyncio.sleep(0.005)
 
     def ending(self) -> str:
         """How it ended, in a few words."""
