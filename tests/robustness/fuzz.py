@@ -92,7 +92,7 @@ def cases_of(routes: list[Route], count: int, seed: int = 0) -> Iterator[Case]:
 
 def attack(target: Target, score: Score, count: int) -> Findings:
     """Sends that many cases, one after the other, and says what came of them."""
-    routes = routes_of(ask(target, "GET", "/openapi.json").json()["paths"])
+    routes = routes_of(ask(target, "GET", "/openapi.json").json())
     refused = warm_up(target, routes)
     score.zero("good requests that are refused", len(refused), len(routes))
     note_first(score, "refused", refused)

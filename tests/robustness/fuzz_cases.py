@@ -152,18 +152,36 @@ class Case:
     fresh: bool = False
 
 
-def routes_of(described: Mapping[str, Json], more: Sequence[tuple[str, str]] = ()) -> list[Route]:
-    """Of the paths in the server's own description (`/openapi.json`), what that leaves out, and some more."""
-    found = [(method.upper(), path, operation) for path, one in described.items() for method, operation in one.items()]
-    listed: list[tuple[str, str, Json]] = [(method, path, {}) for method, path in (*UNLISTED, *more)]
-    return [_route(method, path, operation) for method, path, operation in [*found, *listed] if method != "HEAD"]
+def routes_of(description: Mapping[str, Json], more: Sequence[tuple[str, str]] = ()) -> list[Route]:
+    """Of the server's own description (`/openapi.json`), what that leaves out, and some more."""
+    found: list[tuple[str, str, Json]] = [
+        (method.upper(), path, operation)
+        for path, item in description["paths"].items()
+        for method, operation in item.items()
+        if method in ("get", "post", "put", "patch", "delete")
+    ]
+    known = {(method, path) for method, path, _ in found}
+    found += [(method, path, {}) for method, path in (*UNLISTED, *more) if (method, path) not in known]
+    return [_route(method, path, _schema(description, operation)) for method, path, operation in found]
 
 
-def _route(method: str, path: str, operation: Mapping[str, Json]) -> Route:
+def _schema(description: Mapping[str, Json], operation: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Of an operation's body; empty where it has none."""
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-    properties = content.get("schema", {}).get("properties", {})
-    made = {name: kind for name, one in properties.items() if (kind := _kind_of(one))}
-    return Route(method, path, {**made, **FIELDS.get(path, {})}, GOOD.get(path, {}))
+    schema: Mapping[str, Json] = content.get("schema", {})
+    place = str(schema.get("$ref", "")).removeprefix("#/components/schemas/")
+    found: Mapping[str, Json] = description["components"]["schemas"][place] if place else schema
+    return found
+
+
+def _route(method: str, path: str, schema: Mapping[str, Json]) -> Route:
+    if path in FIELDS:
+        return Route(method, path, FIELDS[path], GOOD[path])
+    properties = schema.get("properties", {})
+    fields = {name: kind for name, one in properties.items() if (kind := _kind_of(one))}
+    samples: Mapping[str, Json] = {"flag": True, "text": "Hi", "object": {}, "list": [], "integer": 1, "number": 1}
+    good = {name: samples[fields[name][0]] for name in schema.get("required", ()) if name in fields}
+    return Route(method, path, fields, good)
 
 
 def _kind_of(schema: Mapping[str, Json]) -> Kind | None:

@@ -32,6 +32,7 @@ from tests.robustness.score import Score, Target, run_script
 WRONG, SHORT_WRONG = 300, 60
 EXTREME, SHORT_EXTREME = 120, 30
 WITNESS_TOKENS = 48
+UNKNOWN_WIDTH = 2**22
 TIMEOUT = {"X-Request-Timeout": "5"}
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 STARTS: Mapping[str, Mapping[str, Any]] = {
@@ -51,14 +52,14 @@ class Poison:
 
 
 def width(target: Target) -> int:
-    """How many token ids there are: the first id that is refused."""
-    low, high = 1, 2**31
+    """How many token ids there are: the first id that /detokenize refuses. Without that route, more than any has."""
+    low, high = 0, UNKNOWN_WIDTH
     with Connection(target.address) as connection:
         while low < high:
             middle = (low + high) // 2
             taken = connection.ask(request("POST", "/detokenize", {"tokens": [middle]})).status == 200
             low, high = (middle + 1, high) if taken else (low, middle)
-    return low
+    return low or UNKNOWN_WIDTH
 
 
 def _both(fields: Mapping[str, Any], wrong: bool) -> Iterator[Poison]:

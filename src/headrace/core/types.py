@@ -16,6 +16,9 @@ from headrace.core.errors import InvalidParameter
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at a position (the bound of the OpenAI and vLLM routes)."""
 
+MAX_INT = 2**63 - 1
+"""Largest integer that goes between processes and into kernels."""
+
 MAX_N = 128
 """Most answers to one prompt (the bound of the OpenAI routes)."""
 
@@ -57,7 +60,7 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise InvalidParameter(name, value, "a list of token ids")
     for token_id in value:
-        _require_int(name, token_id, 0, None)
+        _require_int(name, token_id, 0, MAX_INT)
     return tuple(value)
 
 
@@ -80,7 +83,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidParameter("logit_bias", value, allowed)
-        _require_int("logit_bias", pair[0], 0, None, " as a token id")
+        _require_int("logit_bias", pair[0], 0, MAX_INT, " as a token id")
         _require_float(f"logit_bias of token {pair[0]}", pair[1], "a number from -100 to 100", -100, 100)
         found[pair[0]] = float(pair[1])
     return tuple(sorted(found.items()))
@@ -145,7 +148,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _require_int("max_tokens", self.max_tokens, 1, None)
+            _require_int("max_tokens", self.max_tokens, 1, MAX_INT)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens, " (max_tokens)" if self.max_tokens else "")
         _require_float("temperature", self.temperature, "a number from 0 to 2", 0, 2)
         for name in ("top_p", "typical_p"):
@@ -154,7 +157,7 @@ class SamplingParams:
         _require_float("repetition_penalty", self.repetition_penalty, "a finite number above 0", 0, low_open=True)
         for name in ("presence_penalty", "frequency_penalty"):
             _require_float(name, getattr(self, name), "a number from -2 to 2", -2, 2)
-        _require_int("top_k", self.top_k, -1, None)
+        _require_int("top_k", self.top_k, -1, MAX_INT)
         _require_int("n", self.n, 1, MAX_N)
         if self.seed is not None:
             _require_int("seed", self.seed, -(2**63), 2**63 - 1)

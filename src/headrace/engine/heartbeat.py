@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 import time
-
-_LAYOUT = struct.Struct("<dQ")
-"""Monotonic time of the last beat; beats so far."""
 
 
 class Heartbeat:
@@ -20,21 +16,22 @@ class Heartbeat:
             descriptor = os.memfd_create("headrace-heartbeat")
             os.ftruncate(descriptor, mmap.PAGESIZE)
         self.descriptor = descriptor
-        self._memory = mmap.mmap(self.descriptor, _LAYOUT.size)
-        self._beats = 0
+        self._memory = mmap.mmap(descriptor, mmap.PAGESIZE)
+        # One aligned store of eight bytes: a reader sees the time before or the time after, never half of one.
+        self._time = memoryview(self._memory).cast("d")
 
     def beat(self) -> None:
         """The engine has just done something, or has nothing to do."""
-        self._beats += 1
-        _LAYOUT.pack_into(self._memory, 0, time.monotonic(), self._beats)
+        self._time[0] = time.monotonic()
 
     @property
     def last_s(self) -> float:
-        """Monotonic time of the last beat; 0: none yet."""
-        return 0.0 if self._memory.closed else float(_LAYOUT.unpack_from(self._memory, 0)[0])
+        """Monotonic time of the last beat; 0: none yet, or closed."""
+        return 0.0 if self._memory.closed else self._time[0]
 
     def close(self) -> None:
         """Idempotent."""
         if not self._memory.closed:
+            self._time.release()
             self._memory.close()
             os.close(self.descriptor)

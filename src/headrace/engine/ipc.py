@@ -159,7 +159,7 @@ class Reader:
                 break
             try:
                 frames.append(self._decoder.decode(bytes(buffer[start + _HEAD : stop])))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise EngineError(f"a frame that is none: {error}") from None
             start = stop
         del buffer[:start]
