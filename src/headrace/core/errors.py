@@ -34,6 +34,8 @@ HeadraceError                     500 internal_error
 │   ├── NotReady                  503 not_ready
 │   ├── ShuttingDown              503 server_shutting_down
 │   └── TooManyConnections        503 too_many_connections
+├── ClientGone                    499 client_gone            nobody is left to read the answer
+├── CodedError                    500 other_process          of another process: each has the code it had there
 ├── ModelError                    422 bad_model              the checkpoint is at fault
 │   ├── ModelNotFound             404 model_not_found
 │   ├── CheckpointError           422 bad_checkpoint
@@ -337,6 +339,8 @@ class ClientGone(HeadraceError):
 
 class CodedError(HeadraceError):
     """An error that has crossed from another process: code, status and message are those it had there."""
+
+    code = "other_process"
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
