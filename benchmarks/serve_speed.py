@@ -1,6 +1,7 @@
 """What serving costs: the same requests in process and through the server, in turn; CPU time a token of each process.
 
     python -m benchmarks.serve_speed [--model demo] [--threads 2] [--streams 1 32] [--repeats 5] [--json FILE]
+        [--llama-server PROGRAM]
 
 Requests: exact token ids from a fixed seed (64 of prompt, 128 of answer), greedy, end of sequence ignored, streamed
 from /v1/completions. The client is one thread that reads raw sockets and looks for the end alone: every READ_S, so that
@@ -8,6 +9,8 @@ it takes little of the cores that the server shares with it. In process: `LLM.it
 
 CPU: of the API process, all its threads between the first request and the last answer, from the kernel's accounts; of
 the engine, its main thread's time outside of the backend's calls (`metered_engine`). Both by token of the answers.
+
+--llama-server: llama.cpp's own server as a third way, on the same file and with the same ids, at its best settings.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -143,19 +147,63 @@ class Server:
         self._process.wait()
 
 
-def load(port: int, asked: list[list[int]]) -> int:
+class LlamaServer:
+    """llama.cpp's server, with a place for each stream."""
+
+    def __init__(self, program: Path, model: str, threads: int, streams: int) -> None:
+        from headrace.weights.checkpoint import locate
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        places = ["--parallel", str(streams), "--ctx-size", str(streams * 2 * (PROMPT + ANSWER))]
+        counts = ["--threads", str(threads), "--threads-batch", str(threads)]
+        self._process = subprocess.Popen(
+            [str(program), "--model", str(locate(model)), "--port", str(self.port), *places, *counts],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not self._is_ready():
+            time.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"llama-server ended with {self._process.returncode}")
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def run(self, asked: list[list[int]]) -> float:
+        """Tokens a second."""
+        fields = {"n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False, "stream": True}
+        began = time.perf_counter()
+        load(self.port, asked, "/completion", fields, b'"stop":true')
+        return len(asked) * ANSWER / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+OWN = {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "stream": True}
+
+
+def load(
+    port: int,
+    asked: list[list[int]],
+    path: str = "/v1/completions",
+    fields: Mapping[str, Any] = OWN,
+    end: bytes = b"data: [DONE]",
+) -> int:
     """All requests at once, until the last has ended. Returns the number of events that came."""
     waiting: dict[int, socket.socket] = {}
     tails: dict[int, bytes] = {}
     poll = select.poll()
     events = 0
     for ids in asked:
-        body = json.dumps(
-            {"prompt": ids, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "stream": True}
-        ).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        body = json.dumps({"prompt": ids, **fields}).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         one = socket.create_connection(("127.0.0.1", port))
         one.sendall(head.encode() + b"\r\n\r\n" + body)
         waiting[one.fileno()] = one
@@ -165,8 +213,8 @@ def load(port: int, asked: list[list[int]]) -> int:
         for number, _ in poll.poll():
             data = waiting[number].recv(1 << 16)
             events += data.count(b"data: {")
-            tails[number] = (tails[number] + data)[-64:]
-            if b"data: [DONE]" in tails[number]:
+            tails[number] = (tails[number] + data)[-4096:]
+            if end in tails[number]:
                 poll.unregister(number)
                 waiting.pop(number).close()
             elif not data:
@@ -190,20 +238,25 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def measure(model: str, threads: int, streams: int, repeats: int) -> dict[str, Any]:
-    """One row: the two ways in turn, `repeats` times, after a round that does not count."""
+def measure(model: str, threads: int, streams: int, repeats: int, llama: Path | None) -> dict[str, Any]:
+    """One row: the ways in turn, `repeats` times, after a round that does not count."""
     local_rates: list[float] = []
+    llama_rates: list[float] = []
     rows: list[Served] = []
-    with servers(model, threads) as (local, remote):
+    with servers(model, threads) as (local, remote), ExitStack() as stack:
+        other = None
+        if llama is not None:
+            other = stack.enter_context(closing(LlamaServer(llama, model, threads, streams)))
         for number in range(repeats + 1):
             asked = prompts(streams, number)
-            ways = [lambda asked=asked: local.run(asked), lambda asked=asked: remote.run(asked)]
-            found: list[Any] = [None, None]
-            for which in (0, 1) if number % 2 else (1, 0):
-                found[which] = ways[which]()
+            found: dict[str, Any] = {}
+            ways = {"local": local.run, "remote": remote.run, **({"llama": other.run} if other else {})}
+            for name in list(ways) if number % 2 else reversed(list(ways)):
+                found[name] = ways[name](asked)
             if number:
-                local_rates.append(found[0])
-                rows.append(found[1])
+                local_rates.append(found["local"])
+                rows.append(found["remote"])
+                llama_rates += [found["llama"]] if other else []
     ratios = [row.tokens_per_s / rate for row, rate in zip(rows, local_rates, strict=True)]
     print(
         f"{streams:>3} streams: served {spread([row.tokens_per_s for row in rows], 0)} tokens/s, in process "
@@ -212,7 +265,11 @@ def measure(model: str, threads: int, streams: int, repeats: int) -> dict[str, A
         f"{median([r.events for r in rows]) / (streams * ANSWER):.2f} events a token",
         flush=True,
     )
-    return {"streams": streams, "in_process": local_rates, "served": [vars(row) for row in rows], "ratios": ratios}
+    if llama_rates:
+        ahead = [row.tokens_per_s / rate for row, rate in zip(rows, llama_rates, strict=True)]
+        print(f"{'':>11} llama.cpp's server {spread(llama_rates, 0)} tokens/s: served ÷ it {spread(ahead)}", flush=True)
+    served = [vars(row) for row in rows]
+    return {"streams": streams, "in_process": local_rates, "served": served, "ratios": ratios, "llama": llama_rates}
 
 
 def main() -> None:
@@ -221,9 +278,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 32], metavar="N")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama-server", type=Path, metavar="PROGRAM")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    found = [measure(arguments.model, arguments.threads, streams, arguments.repeats) for streams in arguments.streams]
+    asked = (arguments.repeats, arguments.llama_server)
+    found = [measure(arguments.model, arguments.threads, streams, *asked) for streams in arguments.streams]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
 

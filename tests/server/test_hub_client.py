@@ -142,8 +142,8 @@ def test_errors_are_typed(client: InferenceClient, guarded: Running, stream: boo
     with pytest.raises(UnknownError, match="a key is needed"):
         list(strange.text_generation(PROMPT, stream=stream))
     first, second, third = (InferenceClient(model=guarded.url, token="secret", timeout=60) for _ in range(3))
-    busy = iter(first.text_generation(PROMPT, stream=True, max_new_tokens=2000))
-    next(busy)
+    endless = first.chat_completion(CHAT, stream=True, max_tokens=4000, extra_body={"ignore_eos": True})
+    next(iter(endless))
     waiting = second.text_generation(PROMPT, stream=True, max_new_tokens=4)  # hears comments until it is its turn
     with pytest.raises(OverloadedError):
         list(third.text_generation(PROMPT, stream=stream))

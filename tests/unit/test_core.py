@@ -79,7 +79,7 @@ LIMITS = EngineLimits(vocab_size=100, max_model_len=16)
     ("token_ids", "sampling", "error", "words"),
     [
         ((), {}, EmptyPrompt, "no tokens"),
-        ((1,) * 16, {}, ContextLengthExceeded, "16 tokens, allowed: up to 15"),
+        ((1,) * 16, {}, ContextLengthExceeded, "the prompt has 16, allowed: up to 15"),
         ((1, 100), {}, InvalidParameter, "prompt_token_ids: got 100, allowed: integers from 0 to 99"),
         ((1, -1), {}, InvalidParameter, "prompt_token_ids"),
         ((1, True), {}, InvalidParameter, "prompt_token_ids"),

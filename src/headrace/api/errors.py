@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.core.errors import HeadraceError, InvalidParameter, UnknownParameter, UnsupportedParameter, status_of
+from headrace.core.errors import (
+    GrammarError,
+    HeadraceError,
+    InvalidParameter,
+    UnknownParameter,
+    UnsupportedParameter,
+    status_of,
+)
 
 MAX_MESSAGE = 1000
 
@@ -16,8 +23,8 @@ def cut(text: str, limit: int = 64) -> str:
 
 def error_field(error: HeadraceError) -> str | None:
     """The field that is at fault, if the error knows."""
-    if isinstance(error, InvalidParameter | UnknownParameter | UnsupportedParameter):
-        return cut(error.field)
+    if isinstance(error, InvalidParameter | UnknownParameter | UnsupportedParameter | GrammarError):
+        return None if error.field is None else cut(error.field)
     return None
 
 

@@ -11,9 +11,9 @@ from headrace.core.errors import InvalidJson, shorten
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object: finite numbers, no key twice. Raises InvalidJson."""
+    """A JSON object: finite numbers (4.0 is an integer), no key twice. Raises InvalidJson."""
     try:
-        value = strict_json.parse(text, unique_keys=True)
+        value = strict_json.parse(text, unique_keys=True, whole=True)
     except RecursionError:
         raise InvalidJson("the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:

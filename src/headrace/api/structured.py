@@ -42,6 +42,15 @@ def read_grammar(response_format: object, structured_outputs: object) -> str:
     return _structured_outputs(structured_outputs)
 
 
+def grammar_field(body: Mapping[str, Any]) -> str:
+    """The path of the field that a body's grammar comes from."""
+    if isinstance(outputs := body.get("structured_outputs"), dict):
+        return "structured_outputs." + next((name for name in _KINDS if name in outputs), "")
+    if isinstance(wanted := body.get("response_format"), dict):
+        return "response_format" + (".json_schema" if "json_schema" in wanted else "")
+    return "tools"
+
+
 def read_tgi_grammar(value: object) -> str:
     """The grammar of a TGI body's `grammar`; empty where it is None. Raises as `read_grammar`."""
     return "" if value is None else _tgi_grammar("grammar", value)

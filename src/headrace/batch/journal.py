@@ -317,7 +317,7 @@ def _compare(path: Path, payload: bytes, now: Mapping[str, Any]) -> Mapping[str,
             f"{now['input_sha256'][:12]}…): put the input back, or remove the journal to start over"
         )
     before, after = begun["settings"], now["settings"]
-    for name in sorted({*before, *after}):
+    for name in sorted({*before, *after}, key=lambda name: (name != "url", name)):
         if before.get(name) != after.get(name):
             raise BatchChanged(
                 f"{path}: was begun with {name} {shorten(before.get(name))}, now {shorten(after.get(name))}: "

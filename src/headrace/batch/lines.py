@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,14 +63,26 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A line that is put together rightly; what its body holds has not been looked at."""
+
+    url: str
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchLine:
     """What one line asks for, or why it cannot be asked."""
 
     custom_id: str | None
-    request: ApiRequest | None
+    call: Call | None = None
+    request: ApiRequest | None = None
     error: RequestError | None = None
-    is_call: bool = True
-    """Whether the line is a call at all: then its error is the answer to it, as a server would give it."""
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the line is a call at all: then its error is the answer to it, as a server would give it."""
+        return self.call is not None
 
 
 def scan(path: Path) -> InputFile:
@@ -157,31 +169,36 @@ class LineReader:
 
     def read(self, line: RawLine) -> BatchLine:
         """What the line asks for; never raises for what is in it."""
+        read = self.read_call(line)
+        if (call := read.call) is None:
+            return read
         try:
-            if line.data is None or len(line.data) > MAX_LINE_BYTES:
-                raise LineTooLong(f"the line is longer than {MAX_LINE_BYTES} bytes")
-            call = _object(line.data)
-        except RequestError as error:
-            return BatchLine(None, None, error, is_call=False)
-        custom_id: str | None = None
-        try:
-            custom_id = self._custom_id(call, line.number)
-            self._remember(custom_id, line.number)
-            kind = _kind(call)
-        except RequestError as error:
-            return BatchLine(custom_id, None, error, is_call=False)
-        try:
-            request = read_body(kind, call["body"])
-            if request.stream:
-                raise UnsupportedParameter("stream", True, "false: a batch answers in whole bodies")
+            request = read_body(URLS[call.url], call.body)
+            refuse_stream(request.stream)
             if request.timeout_s is not None:
                 raise UnsupportedParameter("timeout", request.timeout_s, "to leave it out: a batch has no deadline")
         except RequestError as error:
-            return BatchLine(custom_id, None, error)
-        return BatchLine(custom_id, request)
+            return replace(read, error=error)
+        return replace(read, request=request)
 
-    def _custom_id(self, call: Mapping[str, Any], number: int) -> str:
-        custom_id = call.get("custom_id")
+    def read_call(self, line: RawLine) -> BatchLine:
+        """The same, but nobody looks into the body: `request` is None."""
+        try:
+            if line.data is None or len(line.data) > MAX_LINE_BYTES:
+                raise LineTooLong(f"the line is longer than {MAX_LINE_BYTES} bytes")
+            fields = _object(line.data)
+        except RequestError as error:
+            return BatchLine(None, error=error)
+        custom_id: str | None = None
+        try:
+            custom_id = self._custom_id(fields, line.number)
+            self._remember(custom_id, line.number)
+            return BatchLine(custom_id, _call(fields))
+        except RequestError as error:
+            return BatchLine(custom_id, error=error)
+
+    def _custom_id(self, fields: Mapping[str, Any], number: int) -> str:
+        custom_id = fields.get("custom_id")
         if custom_id is None:
             raise MissingField("custom_id")
         if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID:
@@ -201,21 +218,27 @@ def _object(data: bytes) -> dict[str, Any]:
         raise InvalidJsonLine(str(error)) from None
 
 
-def _kind(call: Mapping[str, Any]) -> Any:
+def _call(fields: Mapping[str, Any]) -> Call:
     for name in FIELDS:
-        if call.get(name) is None:
+        if fields.get(name) is None:
             raise MissingField(name)
-    for name in call:
+    for name in fields:
         if name not in FIELDS:
             raise UnknownParameter(name, f"a batch line, allowed: {', '.join(FIELDS)}")
-    if call["method"] != "POST":
-        raise InvalidMethod("method", call["method"], "POST")
-    url = call["url"]
+    if fields["method"] != "POST":
+        raise InvalidMethod("method", fields["method"], "POST")
+    url = fields["url"]
     if not isinstance(url, str) or url not in URLS:
         raise InvalidUrl("url", url, ", ".join(URLS))
-    if not isinstance(call["body"], dict):
-        raise InvalidParameter("body", call["body"], "an object")
-    return URLS[url]
+    if not isinstance(fields["body"], dict):
+        raise InvalidParameter("body", fields["body"], "an object")
+    return Call(url, fields["body"])
+
+
+def refuse_stream(value: object) -> None:
+    """Of a body's `stream`. Raises UnsupportedParameter."""
+    if value is not None and value is not False:
+        raise UnsupportedParameter("stream", value, "false: a batch answers in whole bodies")
 
 
 def line_error(line: BatchLine, number: int) -> dict[str, Any]:

@@ -12,55 +12,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from headrace.api.answers import Stamp, answer_body
-from headrace.api.errors import error_body, error_object
+from headrace.api.errors import error_object
 from headrace.api.json import dump
 from headrace.api.openai import ApiRequest, call_parsers, check_model, engine_requests
-from headrace.batch.identity import Identity, identify, line_seed
-from headrace.batch.journal import Journal
-from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, line_error, read_lines
-from headrace.batch.outputs import Paths, is_finished, write_outputs
-from headrace.core.errors import ConfigError, EngineError, HeadraceError, ModelNotFound, RequestError, status_of
+from headrace.batch.identity import identify, line_seed
+from headrace.batch.ledger import Ledger, OnProgress, Report, output_paths, run_durably
+from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, read_lines
+from headrace.core.errors import EngineError, ModelNotFound, RequestError, status_of
 from headrace.core.types import ErrorEvent, Event, TokenEvent
 from headrace.engine.answer import Answer, Completion
 from headrace.engine.client import InProcessClient
 from headrace.engine.grammars import Grammars
 from headrace.engine.model import OpenModel
-
-
-@dataclass(slots=True)
-class Report:
-    """What one run of the command did."""
-
-    num_lines: int
-    done_before: int = 0
-    """Lines that earlier runs had finished."""
-    ok: int = 0
-    failed: int = 0
-    """Of all the lines, these and those before."""
-    again: int = 0
-    """Lines begun more than once, over all the runs."""
-    cut_bytes: int = 0
-    """Bytes of the journal that were not whole."""
-    started_over: bool = False
-    """Whether not even the journal's first record was whole."""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    """Of this run."""
-    load_s: float = 0.0
-    run_s: float = 0.0
-    already: bool = False
-    """The files were there."""
-    interrupted: bool = False
-
-    @property
-    def done(self) -> int:
-        return self.ok + self.failed
-
-
-OnProgress = Callable[[Report], None]
 
 
 @dataclass(slots=True)
@@ -88,62 +53,24 @@ def run_batch(
     Raises InputFileError (the file was changed since its scan), ConfigError (`out` is in use, was begun with something
     else, or exists), StorageError (nothing is lost), ModelError or EngineError.
     """
-    paths = Paths.beside(out)
-    if paths.out.exists() and paths.out.samefile(source.path):
-        raise ConfigError(f"{source.path}: is also the output, allowed: another file")
+    paths = output_paths(source, out)
     if opened.has_text:
         _ = opened.tokenizer  # what is wrong with it is no line's fault
-    identity = identify(opened)
-    if not paths.journal.exists() and _is_there(paths, source, identity):
-        return Report(source.num_lines, already=True)
-    with Journal.open(paths.journal, identity.manifest(source), source.num_lines) as journal:
-        try:
-            there = _is_there(paths, source, identity, resumed=not journal.found.fresh)
-        except ConfigError:
-            if journal.found.fresh:
-                journal.remove()
-            raise
-        if there:
-            journal.remove()
-            return Report(source.num_lines, already=True)
-        run = _Run(opened, source, identity, journal, stop, on_progress)
-        if run.compute():
-            write_outputs(journal, paths)
-        return run.report
 
+    def answer_all(ledger: Ledger) -> bool:
+        return _Run(opened, source, ledger, stop).compute()
 
-def _is_there(paths: Paths, source: InputFile, identity: Identity, resumed: bool = False) -> bool:
-    """Whether the files are those of this run, finished. Raises ConfigError if they are something else.
-
-    A run that was killed between its two files has left the error file alone, and its journal.
-    """
-    present = [path for path in (paths.out, paths.errors) if path.exists()]
-    if not present or (resumed and present == [paths.errors]):
-        return False
-    if paths.out.exists() and is_finished(paths, (identity.line_id(line) for line in read_lines(source))):
-        return True
-    raise ConfigError(
-        f"{present[0]}: exists, and is not the finished output of this input with these settings: move it away, or "
-        "name another output"
-    )
+    return run_durably(source, paths, identify(opened), answer_all, on_progress)
 
 
 class _Run:
-    def __init__(
-        self,
-        opened: OpenModel,
-        source: InputFile,
-        identity: Identity,
-        journal: Journal,
-        stop: Callable[[], bool],
-        on_progress: OnProgress,
-    ) -> None:
+    def __init__(self, opened: OpenModel, source: InputFile, ledger: Ledger, stop: Callable[[], bool]) -> None:
         self._opened = opened
-        self._identity = identity
-        self._journal = journal
+        self._identity = ledger.identity
+        self._ledger = ledger
+        self._journal = ledger.journal
         self._stop = stop
-        self._on_progress = on_progress
-        self._created = int(journal.manifest["created"])
+        self._created = int(ledger.journal.manifest["created"])
         # A template that writes the date must write the same one after midnight.
         self._clock = datetime.fromtimestamp(self._created, UTC)
         self._lines: Iterator[RawLine] = read_lines(source)
@@ -152,9 +79,7 @@ class _Run:
         self._live: dict[str, _Flight] = {}
         """Request id -> its line."""
         self._window = 2 * opened.config.max_num_seqs
-        found = journal.found
-        self.report = Report(source.num_lines, cut_bytes=found.cut_bytes)
-        self.report.started_over = found.fresh and found.cut_bytes > 0
+        self._report = ledger.report
 
     def compute(self) -> bool:
         """True once every line has its outcome; False if it was told to stop."""
@@ -167,14 +92,14 @@ class _Run:
                 self._step()
                 self._journal.sync()
             else:
-                self.report.interrupted = True
+                self._report.interrupted = True
             self._journal.sync(at_once=True)
         finally:
             if self._client is not None:
                 self._client.close()
-            self.report.again = self._journal.again
-            self.report.run_s = time.monotonic() - began_s - self.report.load_s
-        return not self.report.interrupted
+            self._report.again = self._journal.again
+            self._report.run_s = time.monotonic() - began_s - self._report.load_s
+        return not self._report.interrupted
 
     def _fill(self) -> None:
         """Starts lines while there is room: what is not yet in flight stays in the file."""
@@ -183,16 +108,12 @@ class _Run:
             if line is None:
                 return
             read = self._reader.read(line)
-            outcome = self._journal.outcome(line.index)
-            if outcome is not None and outcome.digest == line.digest:
-                self.report.done_before += 1
-                self._count(outcome.ok)
-            else:
+            if not self._ledger.has(line):
                 self._start(line, read)
 
     def _start(self, line: RawLine, read: BatchLine) -> None:
         if read.error is not None:
-            self._refuse(line, read, read.error)
+            self._ledger.refuse(line, read, read.error)
             return
         request = read.request
         assert request is not None
@@ -204,7 +125,7 @@ class _Run:
             now_s = time.monotonic()
             asked = engine_requests(request, self._opened, str(line.index), now_s, adapter, self._clock)
         except (RequestError, ModelNotFound) as error:
-            self._refuse(line, read, error)
+            self._ledger.refuse(line, read, error)
             return
         client = self._running_client()
         self._journal.begin(line.index)
@@ -218,7 +139,7 @@ class _Run:
     def _running_client(self) -> InProcessClient:
         """Loads the weights when the first line needs them."""
         if self._client is None:
-            core, self.report.load_s = self._opened.start(grammars=Grammars(self._opened.vocabulary))
+            core, self._report.load_s = self._opened.start(grammars=Grammars(self._opened.vocabulary))
             self._client = InProcessClient(core)
         return self._client
 
@@ -246,7 +167,7 @@ class _Run:
                 if self._live.pop(request_id, None) is not None:
                     client.abort(request_id)
             body = {"error": error_object(event.code, event.message)}
-            self._keep(flight.line, flight.custom_id, status_of(event.code), body)
+            self._ledger.keep(flight.line, flight.custom_id, status_of(event.code), dump(body))
             return
         flight.completions[answer.index] = answer.end(event)
         if len(flight.completions) == len(flight.answers):
@@ -261,39 +182,5 @@ class _Run:
         parsers = call_parsers(flight.request, self._opened)
         body = answer_body(flight.request, stamp, completions, tokenizer, cached_tokens=False, parsers=parsers)
         usage = body["usage"]
-        self._keep(flight.line, flight.custom_id, 200, body, usage["prompt_tokens"], usage["completion_tokens"])
-
-    def _refuse(self, line: RawLine, read: BatchLine, error: HeadraceError) -> None:
-        if read.is_call:
-            self._keep(line, read.custom_id, error.status, error_body(error))
-            return
-        record = {"id": self._identity.line_id(line), "custom_id": read.custom_id, "response": None}
-        self._log(line, {**record, "error": line_error(read, line.number)}, ok=False)
-
-    def _keep(
-        self,
-        line: RawLine,
-        custom_id: str | None,
-        status: int,
-        body: dict[str, Any],
-        prompt_tokens: int = 0,
-        output_tokens: int = 0,
-    ) -> None:
-        """The answer that a server would have given."""
-        response = {"status_code": status, "request_id": self._identity.request_id(line), "body": body}
-        record = {"id": self._identity.line_id(line), "custom_id": custom_id, "response": response, "error": None}
-        self._log(line, record, status == 200, prompt_tokens, output_tokens)
-
-    def _log(
-        self, line: RawLine, record: dict[str, Any], ok: bool, prompt_tokens: int = 0, output_tokens: int = 0
-    ) -> None:
-        self._journal.finish(line.index, line.digest, dump(record), ok, prompt_tokens, output_tokens)
-        self._journal.sync()
-        self.report.prompt_tokens += prompt_tokens
-        self.report.output_tokens += output_tokens
-        self._count(ok)
-
-    def _count(self, ok: bool) -> None:
-        self.report.ok += ok
-        self.report.failed += not ok
-        self._on_progress(self.report)
+        tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+        self._ledger.keep(flight.line, flight.custom_id, 200, dump(body), *tokens)

@@ -4,15 +4,22 @@ command goes on where it was. Each line {"custom_id", "method": "POST", "url": "
 goes to OUT.errors.jsonl, which is only there if a line failed (the exit status is still 0: the batch is done). Until
 then everything finished is in OUT.jsonl.journal. Lines that draw without a seed get one made from the line, ids are
 hashes, and `created` is when the input was last changed: so a run that was interrupted, and one that was not, give the
-same bytes."""
+same bytes. Where MODEL is the URL of an OpenAI-compatible server (http://127.0.0.1:8000), it is sent each line's body
+as it stands, with the same promises but one: ids, times, what its cache held and what is drawn without a seed are the
+server's, and differ from run to run. After a kill only the lines in flight are sent again. 429, 408, 5xx and broken
+connections are tried again, 8 times in all, with Retry-After honoured up to 120 s; another error is the line's outcome.
+Where the server is gone, the run ends with nothing lost, and the same command goes on later."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -20,30 +27,70 @@ from typing import TYPE_CHECKING
 from headrace.cli.console import print_notes
 from headrace.cli.flags import add_engine_flags, given
 from headrace.core.config import EngineConfig
+from headrace.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from headrace.batch.run import OnProgress, Report
+    from headrace.batch.ledger import OnProgress, Report
+    from headrace.batch.lines import InputFile
+
+    Answer = Callable[[InputFile, Path, Callable[[], bool], OnProgress], Report]
+
+KEY_VARIABLE = "HEADRACE_API_KEY"
+SERVER_FLAGS = ("api_key", "concurrency", "timeout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
     parser.add_argument("input", metavar="IN.jsonl", help="The lines: at most 50,000, and 200 MiB in all, in UTF-8.")
     parser.add_argument("output", metavar="OUT.jsonl", help="Where the answers go; must not exist yet.")
+    group = parser.add_argument_group("server (where MODEL is a URL)")
+    group.add_argument("--api-key", metavar="KEY", help=f"Key that the server wants. Otherwise that of {KEY_VARIABLE}.")
+    group.add_argument("--concurrency", type=int, metavar="N", help="Most lines in flight. Default: 64.")
+    group.add_argument("--timeout", type=float, metavar="X", help="Most seconds for one answer. Default: 600.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from headrace.batch.lines import scan
-    from headrace.batch.run import run_batch
-    from headrace.engine.model import OpenModel
 
     source, out = scan(Path(arguments.input)), Path(arguments.output)
-    opened = OpenModel(EngineConfig(**given(arguments, EngineConfig)))
-    print_notes(opened.checkpoint)
-    with closing(opened), Signals() as signals, progress_bar(source.num_lines, sys.stderr.isatty()) as on_progress:
-        report = run_batch(opened, source, out, lambda: signals.caught is not None, on_progress)
+    with ExitStack() as stack:
+        is_url = arguments.model.lower().startswith(("http://", "https://"))
+        answer = by_server(arguments) if is_url else by_model(arguments, stack)
+        signals = stack.enter_context(Signals())
+        on_progress = stack.enter_context(progress_bar(source.num_lines, sys.stderr.isatty()))
+        report = answer(source, out, lambda: signals.caught is not None, on_progress)
     for line in summary(report, out):
         print(line, file=sys.stderr)
     return 128 + (signals.caught or signal.SIGINT) if report.interrupted else 0
+
+
+def by_model(arguments: argparse.Namespace, stack: ExitStack) -> Answer:
+    """Opens the model until the stack ends. Raises ConfigError for a flag of servers."""
+    from headrace.batch.run import run_batch
+    from headrace.engine.model import OpenModel
+
+    for name in SERVER_FLAGS:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: MODEL is no URL, allowed: to leave it out")
+    opened = stack.enter_context(closing(OpenModel(EngineConfig(**given(arguments, EngineConfig)))))
+    print_notes(opened.checkpoint)
+    return partial(run_batch, opened)
+
+
+def by_server(arguments: argparse.Namespace) -> Answer:
+    """Finds the server. Raises ConfigError, also for a flag of models, or BackendUnavailable."""
+    from headrace.batch.endpoint import Server
+    from headrace.batch.remote import CONCURRENCY, TIMEOUT_S, find_model, run_remote
+
+    for item in fields(EngineConfig):
+        if item.name != "model" and hasattr(arguments, item.name):
+            flag = item.metadata.get("flag", item.name if item.default is not True else f"no-{item.name}")
+            raise ConfigError(f"--{flag.replace('_', '-')}: MODEL is a URL, allowed: to leave it out")
+    key = os.environ.get(KEY_VARIABLE, "") if arguments.api_key is None else arguments.api_key
+    server = Server(arguments.model, key)
+    concurrency = CONCURRENCY if arguments.concurrency is None else arguments.concurrency
+    timeout_s = TIMEOUT_S if arguments.timeout is None else arguments.timeout
+    return partial(run_remote, server, find_model(server), concurrency=concurrency, timeout_s=timeout_s)
 
 
 class Signals:
@@ -93,9 +140,14 @@ def summary(report: Report, out: Path) -> Iterator[str]:
     resumed = f", {report.done_before} of them by earlier runs" if report.done_before else ""
     twice = f", {report.again} begun more than once" if report.again else ""
     yield f"{report.num_lines} lines: {report.ok} ok, {report.failed} failed{resumed}{twice}"
+    where = (
+        f"after {report.load_s:.1f} s of loading" if report.retries is None else f"{report.retries} lines sent again"
+    )
     yield (
         f"this run: {report.prompt_tokens} prompt tokens, {report.output_tokens} answer tokens in {report.run_s:.1f} s "
-        f"({rate:.0f} tokens/s), after {report.load_s:.1f} s of loading"
+        f"({rate:.0f} tokens/s), {where}"
     )
+    if len(report.systems) > 1:
+        yield f"the answers are of {len(report.systems)} systems: {', '.join(report.systems[:8])}"
     if report.interrupted:
         yield f"interrupted with {report.num_lines - report.done} lines to go; the same command goes on from here"

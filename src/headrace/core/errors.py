@@ -168,6 +168,11 @@ class GrammarError(RequestError):
 
     code = "invalid_grammar"
 
+    def __init__(self, message: str, field: str | None = None) -> None:
+        """`field`: where the body has it."""
+        super().__init__(message if field is None else f"{field}: {message}")
+        self.field = field
+
 
 class InputFileError(RequestError):
     code = "bad_input_file"

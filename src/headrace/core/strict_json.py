@@ -7,11 +7,23 @@ import math
 
 from headrace.core.errors import shorten
 
+EXACT = 2**53
+"""Integers below this are exact as float64."""
 
-def parse(text: str, unique_keys: bool = False) -> object:
-    """The value of a JSON text. Raises ValueError (JSONDecodeError where it is no JSON at all) and RecursionError."""
+
+def parse(text: str, unique_keys: bool = False, whole: bool = False) -> object:
+    """The value of a JSON text. `whole`: 4.0 is the integer 4, as JSON Schema has it.
+
+    Raises ValueError (JSONDecodeError where it is no JSON at all) and RecursionError.
+    """
     hook = _unique if unique_keys else None
-    return json.loads(text, parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=hook)
+    number = _finite_or_whole if whole else _finite
+    return json.loads(text, parse_float=number, parse_constant=_no_constant, object_pairs_hook=hook)
+
+
+def _finite_or_whole(text: str) -> float | int:
+    value = _finite(text)
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
 
 
 def _finite(text: str) -> float:

@@ -13,8 +13,9 @@ def validate(request: Request, limits: EngineLimits) -> None:
         raise EmptyPrompt("the prompt has no tokens")
     if count >= limits.max_model_len:
         raise ContextLengthExceeded(
-            f"the prompt has {count} tokens, allowed: up to {limits.max_model_len - 1}, "
-            f"since prompt and answer share {limits.max_model_len}"
+            # Clients know the case by its first words.
+            f"this model's maximum context length is {limits.max_model_len} tokens, for prompt and answer together: "
+            f"the prompt has {count}, allowed: up to {limits.max_model_len - 1}"
         )
     sampling = request.sampling
     if sampling.n != 1:

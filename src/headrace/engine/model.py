@@ -154,8 +154,8 @@ class OpenModel:
             count = len(self.tokenizer.encode(text[: SAMPLE_CHARACTERS * longest], False))
             if count > 2 * longest:
                 raise ContextLengthExceeded(
-                    f"the prompt has more than {count} tokens, allowed: up to {longest - 1}, since prompt and answer "
-                    f"share {longest}"
+                    f"this model's maximum context length is {longest} tokens, for prompt and answer together: the "
+                    f"prompt has more than {count}, allowed: up to {longest - 1}"
                 )
         return self.tokenizer.encode(text, add_special_tokens)
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 from headrace.core.config import EngineConfig
@@ -137,9 +136,10 @@ class Supervisor:
         except Exception:
             log.exception("request %s cannot be told of its events", event.request_id)
             self.abort(event.request_id)
-            message = "an internal fault while this answer was put together; no other was affected"
-            with suppress(Exception):  # it has had its chance
-                sink(ErrorEvent(event.request_id, EngineError.code, message, time.monotonic()))
+            fault = EngineError("an internal fault while this answer was put together; no other was affected")
+            # From the loop itself, which goes on whatever the sink makes of this too.
+            told = ErrorEvent(event.request_id, fault.code, str(fault), time.monotonic())
+            asyncio.get_running_loop().call_soon(sink, told)
 
     def fail_all(self, error: HeadraceError) -> None:
         """Ends every request with an error; the engine drops them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ from starlette.responses import Response
 
 from headrace import __version__
 from headrace.api.answers import answer_body
+from headrace.api.fields import Fields, Unknown
 from headrace.api.json import dump
 from headrace.api.openai import URLS, ApiRequest, Kind, call_parsers, check_model, engine_requests, read_body
 from headrace.api.stream import StreamWriter
-from headrace.core.errors import InvalidParameter, ModelNotFound, UnknownParameter, shorten
+from headrace.api.structured import grammar_field
+from headrace.core.errors import GrammarError, InvalidParameter, ModelNotFound, shorten
 from headrace.core.types import Request
 from headrace.server.respond import StreamResponse, ignored_header
 from headrace.server.service import Service
@@ -24,6 +26,13 @@ from headrace.server.tgi import tokenize as tgi_tokenize
 
 PLACEHOLDERS = frozenset({"dummy", "tgi"})
 """What clients of TGI, which looks at no name, send for one."""
+MAX_NAME = 1024
+"""Most characters of a model's name."""
+CHAT_FIELDS = (
+    *("messages", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"),
+    *("tools", "documents", "add_special_tokens"),
+)
+"""Of a chat that is only tokenised."""
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -59,9 +68,12 @@ class _Routes:
         service.admit(asked.choices)
         request_id = service.new_id()
         salt = service.salt(request)
-        requests = await service.prepare(
-            lambda: self._requests(asked, request_id, salt, adapter), asked.choices, timeout_s
-        )
+        try:
+            requests = await service.prepare(
+                lambda: self._requests(asked, request_id, salt, adapter), asked.choices, timeout_s
+            )
+        except GrammarError as error:
+            raise GrammarError(str(error), grammar_field(body)) from None
         stamp = service.stamp(request_id, model)
         headers = ignored_header(asked.ignored)
         run = service.run(requests, request, "chat" if kind == "chat" else "text_completion")
@@ -87,6 +99,15 @@ class _Routes:
         )
         return tuple(replace(one, salt=f"{salt}:{one.salt}") for one in found) if salt else found
 
+    def _names(self) -> tuple[str, ...]:
+        """Of the model and its adapters."""
+        return (*self._service.served, *sorted(self._service.limits.adapters))
+
+    def _check_name(self, name: str | None, others: Collection[str] = PLACEHOLDERS) -> None:
+        """Raises ModelNotFound for a name that is neither one of these nor one of the others."""
+        if name is not None and name not in others and name not in self._names():
+            raise ModelNotFound(f"model: got {shorten(name)}, allowed: {', '.join(self._names())}")
+
     # ------------------------------------------------------------ models
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -104,14 +125,11 @@ class _Routes:
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models."""
-        names = dict.fromkeys((*self._service.served, *sorted(self._service.limits.adapters)))
-        return json_response({"object": "list", "data": [self._model(name) for name in names]})
+        return json_response({"object": "list", "data": [self._model(name) for name in dict.fromkeys(self._names())]})
 
     async def model(self, model: str) -> Response:
         """GET /v1/models/{id}. Raises ModelNotFound."""
-        names = (*self._service.served, *sorted(self._service.limits.adapters))
-        if model not in names:
-            raise ModelNotFound(f"model: got {shorten(model)}, allowed: {', '.join(names)}")
+        self._check_name(model, ())
         return json_response(self._model(model))
 
     # ------------------------------------------------------------ text and tokens
@@ -122,42 +140,50 @@ class _Routes:
         body = await service.read_json(request)
         if "inputs" in body:
             return await tgi_tokenize(service, body)
-        if "content" in body and "messages" not in body:
-            _only(body, ("content", "add_special", "model"))
-            text = _text(body, "content")
-            special = _flag(body, "add_special", False)
-            ids = await service.work(lambda: service.opened.tokenizer.encode(text, add_special_tokens=special))
-            return json_response({"tokens": ids})
+        unknown = Unknown(service.settings.strict)
+        fields = Fields(body, unknown)
+        self._check_name(fields.text("model", MAX_NAME))
         if "messages" in body:
-            fields = ("messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
-            _only(body, (*fields, "add_special_tokens", "return_token_strs", "model"))
-            chat = {name: body[name] for name in (*fields, "model") if name in body}
+            chat = {name: fields.take(name) for name in CHAT_FIELDS}
             asked = read_body("chat", chat, strict=service.settings.strict)
+            unknown.names += asked.ignored
             style = service.settings.tool_parser
             found = await service.work(lambda: engine_requests(asked, service.opened, "", tool_parser=style))
             ids = list(found[0].token_ids)
+        elif "content" in body:
+            ids = await self._encode(fields, "content", fields.flag("add_special"))
+            fields.finish("this body")
+            return json_response({"tokens": ids}, ignored_header(unknown.names))
         else:
-            _only(body, ("prompt", "add_special_tokens", "return_token_strs", "model"))
-            text = _text(body, "prompt")
-            special = _flag(body, "add_special_tokens", True)
-            ids = await service.work(lambda: service.opened.tokenizer.encode(text, add_special_tokens=special))
+            ids = await self._encode(fields, "prompt", fields.flag("add_special_tokens", True))
         strings = None
-        if _flag(body, "return_token_strs", False):
+        if fields.flag("return_token_strs"):
             strings = service.opened.tokenizer.tokens(ids, skip_special_tokens=False)
+        fields.finish("this body")
         count, longest = len(ids), service.limits.max_model_len
-        return json_response({"count": count, "max_model_len": longest, "tokens": ids, "token_strs": strings})
+        told = {"count": count, "max_model_len": longest, "tokens": ids, "token_strs": strings}
+        return json_response(told, ignored_header(unknown.names))
+
+    async def _encode(self, fields: Fields, name: str, special: bool) -> list[int]:
+        text = fields.take(name)
+        if not isinstance(text, str):
+            raise InvalidParameter(name, text, "a string")
+        tokenizer = self._service.opened.tokenizer
+        return await self._service.work(lambda: tokenizer.encode(text, add_special_tokens=special))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """POST /detokenize."""
         service = self._service
-        body = await service.read_json(request)
-        _only(body, ("tokens", "model"))
-        ids = body.get("tokens")
+        unknown = Unknown(service.settings.strict)
+        fields = Fields(await service.read_json(request), unknown)
+        self._check_name(fields.text("model", MAX_NAME))
+        ids = fields.take("tokens")
         high = service.limits.vocab_size
         if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < high for one in ids):
             raise InvalidParameter("tokens", ids, f"a list of token ids from 0 to {high - 1}")
+        fields.finish("this body")
         text = await service.work(lambda: service.opened.tokenizer.decode(ids, skip_special_tokens=False))
-        return json_response({"prompt": text, "content": text})
+        return json_response({"prompt": text, "content": text}, ignored_header(unknown.names))
 
     async def tokenizer_info(self) -> Response:
         """GET /tokenizer_info."""
@@ -172,25 +198,3 @@ class _Routes:
     async def version(self) -> Response:
         """GET /version."""
         return json_response({"version": __version__})
-
-
-def _only(body: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    for name in body:
-        if name not in names:
-            raise UnknownParameter(name, "this body")
-
-
-def _text(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str):
-        raise InvalidParameter(name, value, "a string")
-    return value
-
-
-def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise InvalidParameter(name, value, "true or false")
-    return value
