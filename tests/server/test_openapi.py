@@ -442,3 +442,20 @@ def test_allow_names_every_method(document: Mapping[str, Any], server_url: str, 
     finally:
         connection.close()
     assert allowed - {"HEAD"} == {method.upper() for method in document["paths"][path]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"prompt": "a"}), ("/tokenize", {"content": "a"}), ("/detokenize", {"tokens": [1]})],
+)
+def test_unknown_fields_are_named(server_url: str, path: str, body: dict[str, Any]) -> None:
+    parts = urlsplit(server_url)
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    try:
+        data = json.dumps({**body, "another": 1})
+        connection.request("POST", path, data, {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert (response.status, response.getheader("x-headrace-ignored")) == (200, "another")
+    finally:
+        connection.close()

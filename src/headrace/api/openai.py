@@ -29,7 +29,7 @@ from headrace.api.tools import (
     tool_style,
 )
 from headrace.core.errors import InvalidParameter, ModelNotFound, UnsupportedParameter, shorten
-from headrace.core.types import MAX_LOGPROBS, Request, SamplingParams
+from headrace.core.types import MAX_INT, MAX_LOGPROBS, Request, SamplingParams
 from headrace.engine.model import Message, OpenModel, Prompt
 from headrace.text.chat_tools import fit_tools
 from headrace.text.tokenizer import Tokenizer
@@ -153,8 +153,8 @@ def read_chat(body: Mapping[str, Any], strict: bool = True) -> ApiRequest:
     fields = Fields(body, unknown)
     check_unicode(body)
     messages = read_messages(fields.take("messages"), unknown)
-    max_tokens = fields.take("max_tokens")
-    max_tokens = fields.take("max_completion_tokens", max_tokens)
+    older, max_tokens = (fields.integer(name, 1, MAX_INT) for name in ("max_tokens", "max_completion_tokens"))
+    max_tokens = older if max_tokens is None else max_tokens
     wanted = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not wanted:

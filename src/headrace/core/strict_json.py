@@ -8,7 +8,7 @@ import math
 from headrace.core.errors import shorten
 
 EXACT = 2**53
-"""Integers below this are exact as float64."""
+"""Integers up to this are exact as float64."""
 
 
 def parse(text: str, unique_keys: bool = False, whole: bool = False) -> object:
@@ -23,7 +23,7 @@ def parse(text: str, unique_keys: bool = False, whole: bool = False) -> object:
 
 def _finite_or_whole(text: str) -> float | int:
     value = _finite(text)
-    return int(value) if value.is_integer() and abs(value) < EXACT else value
+    return int(value) if value.is_integer() and abs(value) <= EXACT else value
 
 
 def _finite(text: str) -> float:

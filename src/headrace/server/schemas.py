@@ -66,6 +66,10 @@ EVERY = (400, 401, 405, 408, 426, 431, 500, 503)
 BODY = (*EVERY, 413, 415)
 """What any route that reads a body may answer."""
 RETRIED = frozenset({429, 503})
+ABOUT = (
+    "OpenAI's API, vLLM's and TGI's. The header X-Request-Timeout is to any body that is answered with text what "
+    "`timeout` is in a body of OpenAI's routes."
+)
 
 
 def openapi_document(bounds: Bounds, keyed: bool) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def openapi_document(bounds: Bounds, keyed: bool) -> dict[str, Any]:
     tgi, health = _tgi_paths(), _health_paths()
     document: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "headrace", "version": __version__, "description": "OpenAI's API, vLLM's and TGI's."},
+        "info": {"title": "headrace", "version": __version__, "description": ABOUT},
         "tags": [
             {"name": "openai", "description": "OpenAI's routes, and vLLM's beside them."},
             {"name": "tgi", "description": "The routes of text-generation-inference."},
