@@ -1,7 +1,7 @@
 """What serving costs: the same requests in process and through the server, in turn; CPU time a token of each process.
 
     python -m benchmarks.serve_speed [--model demo] [--threads 2] [--streams 1 32] [--repeats 5] [--json FILE]
-        [--llama-server PROGRAM]
+        [--instruction-set avx2] [--llama-server PROGRAM]
 
 Requests: exact token ids from a fixed seed (64 of prompt, 128 of answer), greedy, end of sequence ignored, streamed
 from /v1/completions. The client is one thread that reads raw sockets and looks for the end alone: every READ_S, so that
@@ -58,11 +58,11 @@ def prompts(count: int, seed: int) -> list[list[int]]:
 # ---------------------------------------------------------------- in process
 
 
-def in_process(model: str, threads: int) -> None:
+def in_process(model: str, threads: int, instruction_set: str) -> None:
     """Answers each line on stdin (a list of prompts) with the seconds that its answers took."""
     from headrace import LLM, SamplingParams
 
-    with LLM(model, threads=threads, prefix_cache=False) as llm:
+    with LLM(model, threads=threads, instruction_set=instruction_set, prefix_cache=False) as llm:
         sampling = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
         print("ready", flush=True)
         for line in sys.stdin:
@@ -73,8 +73,9 @@ def in_process(model: str, threads: int) -> None:
 
 
 class InProcess:
-    def __init__(self, model: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.serve_speed", "--in-process", model, str(threads)]
+    def __init__(self, model: str, threads: int, instruction_set: str) -> None:
+        given = (model, str(threads), instruction_set)
+        command = [sys.executable, "-m", "benchmarks.serve_speed", "--in-process", *given]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
@@ -114,12 +115,12 @@ class Served:
 
 
 class Server:
-    def __init__(self, model: str, threads: int, meter: Path) -> None:
+    def __init__(self, model: str, threads: int, instruction_set: str, meter: Path) -> None:
         meter.write_bytes(bytes(LAYOUT.size))
         self._meter = meter
-        flags = ["serve", model, "--threads", str(threads), "--port", "0", "--no-prefix-cache"]
+        flags = ["serve", model, "--threads", str(threads), "--instruction-set", instruction_set, "--port", "0"]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, *flags],
+            [sys.executable, "-c", SERVER, *flags, "--no-prefix-cache"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -224,9 +225,10 @@ def load(
 
 
 @contextmanager
-def servers(model: str, threads: int) -> Iterator[tuple[InProcess, Server]]:
+def servers(model: str, threads: int, instruction_set: str) -> Iterator[tuple[InProcess, Server]]:
     with tempfile.TemporaryDirectory() as folder:
-        local, remote = InProcess(model, threads), Server(model, threads, Path(folder) / "meter")
+        local = InProcess(model, threads, instruction_set)
+        remote = Server(model, threads, instruction_set, Path(folder) / "meter")
         try:
             yield local, remote
         finally:
@@ -238,12 +240,14 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def measure(model: str, threads: int, streams: int, repeats: int, llama: Path | None) -> dict[str, Any]:
+def measure(
+    model: str, threads: int, instruction_set: str, streams: int, repeats: int, llama: Path | None
+) -> dict[str, Any]:
     """One row: the ways in turn, `repeats` times, after a round that does not count."""
     local_rates: list[float] = []
     llama_rates: list[float] = []
     rows: list[Served] = []
-    with servers(model, threads) as (local, remote), ExitStack() as stack:
+    with servers(model, threads, instruction_set) as (local, remote), ExitStack() as stack:
         other = None
         if llama is not None:
             other = stack.enter_context(closing(LlamaServer(llama, model, threads, streams)))
@@ -278,17 +282,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 32], metavar="N")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--instruction-set", default="auto", metavar="NAME")
     parser.add_argument("--llama-server", type=Path, metavar="PROGRAM")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    how = (arguments.model, arguments.threads, arguments.instruction_set)
     asked = (arguments.repeats, arguments.llama_server)
-    found = [measure(arguments.model, arguments.threads, streams, *asked) for streams in arguments.streams]
+    found = [measure(*how, streams, *asked) for streams in arguments.streams]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--in-process"]:
-        in_process(sys.argv[2], int(sys.argv[3]))
+        in_process(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
         main()
