@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from starlette.requests import Request as HttpRequest
 
@@ -16,6 +16,7 @@ from headrace.api.answers import Stamp
 from headrace.core.errors import (
     ClientGone,
     DeadlineExceeded,
+    HeadraceError,
     InvalidParameter,
     NotReady,
     QueueFull,
@@ -103,7 +104,7 @@ class Service:
 
     def new_id(self) -> str:
         """128 random bits."""
-        return uuid4().hex
+        return secrets.token_hex(16)
 
     def stamp(self, request_id: str, model: str) -> Stamp:
         return Stamp(request_id, int(time.time()), model, self.fingerprint)
@@ -126,7 +127,7 @@ class Service:
 
     # ------------------------------------------------------------ who comes in
 
-    def admit(self, count: int, prompt_tokens: int = 0) -> None:
+    def admit(self, count: int) -> None:
         """Raises ShuttingDown, NotReady or QueueFull before any work is done for `count` requests."""
         if self.draining:
             self.metrics.rejected(ShuttingDown.code, count)
@@ -162,6 +163,9 @@ class Service:
                 loop = asyncio.get_running_loop()
                 grammar = await loop.run_in_executor(self._checkers, self.grammars.check, grammar)
                 requests = tuple(replace(one, grammar=grammar) for one in requests)
+        except HeadraceError as error:
+            self.metrics.failed(error.code)
+            raise
         finally:
             self._preparing -= count
         if timeout_s is not None and time.monotonic() > began_s + timeout_s:
