@@ -133,7 +133,7 @@ FLAGS: dict[str, tuple[str, list[str]]] = {
     "empty stop": ("stop", ["--prompt", "x", "--stop", ""]),
     "no prompt": ("at least one --prompt", []),
     "empty prompt": ("no tokens", ["--prompt", ""]),
-    "prompt too long": ("tokens, allowed: up to 8191", ["--prompt", "word " * 9000]),
+    "prompt too long": ("the prompt has 9001, allowed: up to 8191", ["--prompt", "word " * 9000]),
     "surrogate": ("surrogate", ["--prompt", "a\udcffb"]),
     "unknown policy": ("policy: got 'eager'", ["--prompt", "x", "--policy", "eager"]),
     "static nothing": ("policy: got 'static:0'", ["--prompt", "x", "--policy", "static:0"]),

@@ -81,7 +81,7 @@ def _ids(vocabulary: int) -> Iterator[Poison]:
         yield Poison(COMPLETIONS, {"prompt": [5, token_id], "max_tokens": 2}, True)
         yield Poison(COMPLETIONS, {"prompt": [[5], [token_id, 5]], "max_tokens": 2}, True)
         yield Poison("/detokenize", {"tokens": [5, token_id]}, True)
-    for wrong in ([], [None], [True], [5.0], ["5"], [[5]], {"5": 1}, "5", 5):
+    for wrong in ([], [None], [True], [5.5], ["5"], [[5]], {"5": 1}, "5", 5):
         yield from _both({"allowed_token_ids": wrong}, True)
         if wrong != []:
             yield from _both({"stop_token_ids": wrong}, True)

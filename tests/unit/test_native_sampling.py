@@ -120,7 +120,7 @@ def random_params(rng: random.Random, size: int) -> dict[str, Any]:
     small = tuple(rng.randrange(min(size, 4)) for _ in range(5))
     return {
         "temperature": rng.choice([0.0, 9.9e-6, 1e-5, 1e-4, 0.01, 0.3, 0.7, 1.0, 1.0, 1.37, 2.0, rng.uniform(0, 2)]),
-        "top_k": some(0, -1, 1, 2, 5, 20, 50, size // 3, size - 1, size, size + 5, 10**30),
+        "top_k": some(0, -1, 1, 2, 5, 20, 50, size // 3, size - 1, size, size + 5, 2**63 - 1),
         "top_p": some(1.0, 0.99, 0.9, rng.uniform(0.01, 1), 1e-7, 5e-324, 0.9999999),
         "typical_p": some(1.0, 0.97123, rng.uniform(0.01, 1), 1e-7, 5e-324, 0.9999999),
         "min_p": some(0.0, 1e-6, 0.05, rng.uniform(0, 1), 1.0, 5e-324),
@@ -333,7 +333,7 @@ def test_a_token_outside_the_vocabulary_is_the_rows_fault() -> None:
     "params",
     [
         {"allowed_token_ids": [1, 5]},
-        {"logit_bias": {10**30: 1.0}},
+        {"logit_bias": {2**63 - 1: 1.0}},
         {"bad_words_ids": [[1, 5]], "allowed_token_ids": [1, 9, 2], "logit_bias": {6: 1.0}},
         {"bad_words_ids": [[7], [5, 1]]},
     ],

@@ -187,7 +187,8 @@ def test_steps_come_to_take_the_wanted_time(fixed_s: float, each_s: float, decod
     for factor in noise:
         tokens = pace.budget(1 + decoding)
         pace.measured(tokens, (fixed_s + each_s * tokens) * factor)
-    for _ in range(12):
+    # Where nearly all of a step is fixed, each step may only be a little larger than the one before.
+    for _ in range(40):
         tokens = pace.budget(1 + decoding)
         assert 1 + decoding < tokens <= 512
         seconds = fixed_s + each_s * tokens
