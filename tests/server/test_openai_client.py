@@ -371,3 +371,8 @@ def test_async(server_url: str, client: OpenAI) -> None:
 
     asyncio.run(ask())
     assert becomes_idle(server_url)
+
+
+def test_an_answer_has_one_id(client: OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(**PLAIN)
+    assert raw.parse().id == f"chatcmpl-{raw.headers['x-request-id']}"

@@ -69,12 +69,12 @@ class _Health:
             raise NotReady(f"no step for {stalled_s:.1f} s" if stalled_s else "the engine is being started")
         return Response(status_code=200)
 
-    async def deep(self) -> Response:
+    async def deep(self, request: HttpRequest) -> Response:
         """One token, computed."""
         service = self._service
         await self.ready()
         sampling = SamplingParams(max_tokens=1)
-        made = replace(Request(service.new_id(), (0,), sampling), salt="health", priority=-(2**31))
+        made = replace(Request(service.request_id(request), (0,), sampling), salt="health", priority=-(2**31))
         run = service.run((made,))
         try:
             await asyncio.wait_for(run.whole(), DEEP_S)

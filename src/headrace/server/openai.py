@@ -66,7 +66,7 @@ class _Routes:
         model, adapter = self._find(asked)
         timeout_s = service.timeout_s(request, asked.timeout_s)
         service.admit(asked.choices)
-        request_id = service.new_id()
+        request_id = service.request_id(request)
         salt = service.salt(request)
         try:
             requests = await service.prepare(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,9 +101,9 @@ class Service:
         """A request's body. Raises RequestError, BodyTooLarge."""
         return await read_json(request, self.settings.max_body_bytes)
 
-    def new_id(self) -> str:
-        """128 random bits."""
-        return secrets.token_hex(16)
+    def request_id(self, request: HttpRequest) -> str:
+        """128 random bits, those of the answer's header x-request-id."""
+        return str(request.scope["state"]["request_id"])
 
     def stamp(self, request_id: str, model: str) -> Stamp:
         return Stamp(request_id, int(time.time()), model, self.fingerprint)

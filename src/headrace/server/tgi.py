@@ -70,7 +70,7 @@ class _Routes:
         asked = read_generate(await service.read_json(request), service.limits, route, service.settings.strict)
         timeout_s = service.timeout_s(request, None)
         service.admit(asked.sampling.n)
-        label, salt = service.new_id(), service.salt(request)
+        label, salt = service.request_id(request), service.salt(request)
         requests = await service.prepare(
             lambda: engine_requests(asked, opened, label, salt), asked.sampling.n, timeout_s
         )
