@@ -8,8 +8,9 @@ EXTRAS := torch,serve,otel,test,check
 BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
-# Scripts that hurt a running server; each says what it measured and what that must be.
-HURT := disconnects slow_clients overload deadlines engine_kills drain
+# What `make robustness` runs, one after the other and each to its end; a script says what it measured and what that must be.
+ROBUSTNESS := mutants batch_kill batch_kill:--url invariance faults stream_equals fuzz poison grammars surface text_integrity \
+	disconnects slow_clients overload deadlines engine_kills drain
 
 # $(call say,LINE)
 say = @printf '%s\n' "$(1)"
@@ -48,10 +49,7 @@ clean: ## remove the environment, the caches and the reports
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: each noticed? a batch and a server hurt in every way; one answer however it is computed
-	@$(BIN)/python -m tests.robustness.mutants
-	@$(BIN)/python -m tests.robustness.batch_kill --kills 20 --torn 5
-	@$(BIN)/python -m tests.robustness.invariance
-	@failed=; for name in $(HURT); do $(BIN)/python -m tests.robustness.$$name || failed="$$failed $$name"; done; \
+	@failed=; for name in $(ROBUSTNESS); do $(BIN)/python -m tests.robustness.$$(echo $$name | tr : ' ') || failed="$$failed $$name"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 sanitize: $(VENV)/dev.stamp ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
