@@ -16,10 +16,12 @@ from pydantic import BaseModel, TypeAdapter
 
 from headrace.api.errors import error_body
 from headrace.api.json import dump
-from headrace.api.openai import ApiRequest, engine_requests, read_body
+from headrace.api.openai import ApiRequest, call_parsers, engine_requests, read_body
+from headrace.api.tool_parsers import CallArguments, CallStart, TextPart
 from headrace.api.tools import MAX_TOOLS, ToolChoice, ToolSpec
 from headrace.core.errors import RequestError, UnknownParameter
-from headrace.core.types import Request
+from headrace.core.types import FinishEvent, FinishReason, Request, TokenEvent
+from headrace.engine.answer import Answer
 from headrace.testing.checkpoints import tiny_checkpoint
 from tests.unit.batch_cases import FakeModel, fake_model, write_tokenizer
 
@@ -351,6 +353,7 @@ def test_prompts_are_cut_at_their_start(opened: FakeModel) -> None:
 
 
 def test_special_markers_of_a_model(tmp_path: Path) -> None:
+    """They are in the grammar as tokens, and in the text wherever a call stands: the parser has to see them."""
     from tokenizers import Tokenizer as RawTokenizer
 
     folder = write_model(tmp_path)
@@ -361,8 +364,25 @@ def test_special_markers_of_a_model(tmp_path: Path) -> None:
     model = fake_model(folder)
     try:
         request = chat(tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
-        grammar = engine_requests(request, model, "r", tool_parser="mistral")[0].grammar
-        assert engine_requests(request, model, "r", tool_parser="hermes")[0].grammar != grammar
+        asked = engine_requests(request, model, "r", tool_parser="mistral")[0]
+        other = engine_requests(request, model, "r", tool_parser="hermes")[0]
+        free = engine_requests(chat(tools=[TOOL]), model, "r", tool_parser="mistral")[0]
+        none = engine_requests(chat(tools=[TOOL], tool_choice="none"), model, "r", tool_parser="mistral")[0]
+        said = [*model.tokenizer.encode("Wait."), 3, *model.tokenizer.encode("get"), 5]
+        said += [*model.tokenizer.encode('{"city": "Oslo"}'), 2]
+        answer = Answer(0, free, model.tokenizer, 0.0)
+        answer.tokens(TokenEvent("r", tuple(said), (), 1.0))
+        text = answer.end(FinishEvent("r", FinishReason.STOP, 1, len(said), 0, 1.0)).text
     finally:
         model.close()
-    assert "<[3]> tool" in grammar and '"get" <[5]> args_0' in grammar
+    assert "<[3]> tool" in asked.grammar and '"get" <[5]> args_0' in asked.grammar
+    assert other.grammar != asked.grammar
+    assert [one.sampling.skip_special_tokens for one in (asked, free, other, none)] == [False, False, True, True]
+    parsers = call_parsers(chat(tools=[TOOL]), model, "mistral")
+    assert parsers is not None
+    parts = [*parsers[0].push(text), *parsers[0].finish()]
+    assert "".join(part.text for part in parts if isinstance(part, TextPart)) == "Wait."
+    assert [part for part in parts if not isinstance(part, TextPart)] == [
+        CallStart(0, "get"),
+        CallArguments(0, '{"city": "Oslo"}'),
+    ]

@@ -20,6 +20,7 @@ from headrace.api.messages import read_messages
 from headrace.api.structured import read_grammar
 from headrace.api.tool_parsers import ToolParser, make_parser
 from headrace.api.tools import (
+    MARKERS,
     MISTRAL_MARKERS,
     ToolChoice,
     ToolSpec,
@@ -362,10 +363,15 @@ def engine_requests(
     clock says, the machine's own time if None. `tool_parser`: how the model writes calls (`api.tools.tool_style`).
     Raises RequestError."""
     grammar = request.grammar or _call_grammar(request, opened, tool_parser)
+    sampling = request.sampling
+    if request.tools and request.tool_choice.mode != "none":
+        style = tool_style(opened.tokenizer.chat_template, tool_parser)
+        if _special_ids(opened.tokenizer, MARKERS[style]):
+            sampling = replace(sampling, skip_special_tokens=False)
     found: list[Request] = []
     for index, prompt in enumerate(request.prompts):
         ids = _truncated(request, opened, _encode(request, opened, prompt, now))
-        for one in opened.requests(f"{label}/{index}", ids, request.sampling, arrival_s, adapter):
+        for one in opened.requests(f"{label}/{index}", ids, sampling, arrival_s, adapter):
             deadline_s = None if request.timeout_s is None else arrival_s + request.timeout_s
             found.append(
                 replace(one, salt=request.salt, priority=request.priority, deadline_s=deadline_s, grammar=grammar)

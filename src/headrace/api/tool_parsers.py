@@ -284,8 +284,7 @@ class _Llama3(_Reader):
 class _Mistral(_Reader):
     """`[TOOL_CALLS]` before a list of `{"name": …, "arguments": {…}}`, or before each `name[ARGS]{…}`.
 
-    The marker may be a special token, which the text does not show: so the same forms count at the start of an answer,
-    and after a call, without it.
+    At the start of an answer, and after a call, the same forms count without it: models leave it out.
     """
 
     _MARK = "[TOOL_CALLS]"

@@ -15,6 +15,12 @@ MAX_TOOLS = 128
 MAX_CALLS = 16
 """Most calls of an answer that a grammar admits: a small model would go on until its context is full."""
 MISTRAL_MARKERS = ("[TOOL_CALLS]", "[ARGS]")
+MARKERS: Mapping[str, tuple[str, ...]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "llama3": (),
+    "mistral": MISTRAL_MARKERS,
+}
+"""Of each style: what a call cannot be told without. Where these are special tokens, the parser has to see them."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}", re.ASCII)
 _PARAMETERS = re.compile(r'\\?"parameters\\?"')
 _OPEN = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties"})

@@ -134,7 +134,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, beside the model's own end-of-sequence ids."""
     include_stop_str_in_output: bool = False
-    """Leave the stop text that ended the answer at its end."""
+    """Leave the stop text, or the text of the token, that ended the answer at its end."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence ids (`stop_token_ids` still end the answer)."""
     logprobs: int | None = None

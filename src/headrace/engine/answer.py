@@ -31,7 +31,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """Generated tokens, with the token that ended them, if one did."""
     text: str
-    """Without the stop string that ended it, unless that was asked for."""
+    """Without the stop string or the token that ended it, unless that was asked for."""
     finish_reason: str | None
     seed: int | None = None
     """What the draw depended on: asked for with n = 1, it gives this answer again. None for a greedy one."""
@@ -76,6 +76,12 @@ class Answer:
         self.request = request
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+        self._silent: frozenset[int] = frozenset()
+        """Tokens that end the answer and are no part of its text. None comes before the end: the engine masks them for
+        as long as the answer has to go on."""
+        if tokenizer is not None and not sampling.include_stop_str_in_output:
+            eos_ids = frozenset[int]() if sampling.ignore_eos else tokenizer.eos_token_ids
+            self._silent = eos_ids.union(sampling.stop_token_ids)
         self._arrival_s = arrival_s
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -114,8 +120,11 @@ class Answer:
         """Of the tokens that are not in the text yet."""
         if self._detokenizer is None or self._told == len(self._token_ids):
             return
-        text, self._stopped = self._stops.push(self._detokenizer.push(self._token_ids[self._told :]))
+        new = self._token_ids[self._told :]
         self._told = len(self._token_ids)
+        if new[-1] in self._silent:
+            new.pop()
+        text, self._stopped = self._stops.push(self._detokenizer.push(new))
         self._text.append(text)
 
     def take_text(self) -> str:
