@@ -337,6 +337,10 @@ def test_backend_protocol_is_what_the_fake_offers() -> None:
 # ---------------------------------------------------------------- grammars
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
 class FakeGrammars:
     """Tokens of an answer leave 0, 1, 2, 0, 1 … when divided by 3. Ready after `polls`."""
 
@@ -363,6 +367,8 @@ class FakeGrammars:
             raise GrammarError("grammar: too costly to follow")
         if request_id.startswith("broken"):
             raise KeyError("a bug")
+        if request_id.startswith("panic"):
+            raise Panic("at src/parser.rs")
         allowed = sum(1 << token for token in range(VOCAB) if token % 3 == len(output_ids) % 3)
         return allowed.to_bytes(8, "little")
 
@@ -417,12 +423,13 @@ def test_what_is_wrong_with_a_grammar_is_its_requests_own_error(depth: int) -> N
 def test_a_bug_in_the_grammars_ends_who_uses_them() -> None:
     core, heard = make_core(grammars=FakeGrammars()), []
     core._on_fault = heard.append
-    core.submit(Request("broken", (1, 2), LONG, grammar="g"))
-    core.submit(Request("right", (1, 2), LONG, grammar="g"))
+    for name in ("broken", "panic", "right"):
+        core.submit(Request(name, (1, 2), LONG, grammar="g"))
     events = drain(core)
     ends = {event.request_id: event for event in events if not isinstance(event, TokenEvent)}
-    assert isinstance(broken := ends["broken"], ErrorEvent) and (broken.code, broken.message) == ("engine_fault", FAULT)
-    assert isinstance(ends["right"], FinishEvent) and [type(error) for error in heard] == [KeyError]
+    for name in ("broken", "panic"):
+        assert isinstance(end := ends[name], ErrorEvent) and (end.code, end.message) == ("engine_fault", FAULT)
+    assert isinstance(ends["right"], FinishEvent) and [type(error) for error in heard] == [KeyError, Panic]
 
 
 def test_without_grammars_a_request_with_one_is_refused() -> None:

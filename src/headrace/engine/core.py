@@ -71,7 +71,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         *,
         grammars: GrammarSource | None = None,
-        on_fault: Callable[[Exception], None] = lambda error: None,
+        on_fault: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._backend = backend
         self._scheduler = scheduler
@@ -274,9 +274,9 @@ class EngineCore:
         """What a grammar raises is its request's own error; what is no HeadraceError becomes one."""
         try:
             yield
-        except HeadraceError:
+        except (HeadraceError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # a panic of the grammar's library is no Exception
             self._on_fault(error)
             raise EngineError(FAULT) from error
 

@@ -233,7 +233,7 @@ class OpenModel:
         eos_token_ids: frozenset[int] | None = None,
         step_seconds: float | None = None,
         grammars: Grammars | None = None,
-        on_fault: Callable[[Exception], None] = lambda error: None,
+        on_fault: Callable[[BaseException], None] = lambda error: None,
     ) -> tuple[EngineCore, float]:
         """Loads the weights. Returns the engine and the seconds that it, and `begin`, took.
 
