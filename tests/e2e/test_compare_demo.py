@@ -39,7 +39,7 @@ def test_compare_demo(demo_path: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert found["same_model"]["reference"] == "native float32, float32 KV cache"
     assert (found["config"]["backend"], found["config"]["quant"]) == ("native", "stored")
     assert found["model"]["path"] == str(demo_path)
-    assert found["workload"]["chat_template"] is True and len(found["workload"]["prompt_token_ids"]) == 4
+    assert found["workload"]["chat_template"] is True and len(found["workload"]["manifest"]["requests"]) == 4
 
     out, err = capsys.readouterr()
     assert "\x1b" not in out and err == ""

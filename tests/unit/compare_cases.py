@@ -9,10 +9,10 @@ import numpy as np
 from headrace.backends.base import BackendOptions
 from headrace.compare.machine import Machine
 from headrace.compare.measure import batching_bound
-from headrace.compare.methods import Outcome, RequestRun
+from headrace.compare.methods import Iteration, Outcome, RequestRun
 from headrace.compare.runner import Comparison, judge_runs
 from headrace.compare.verdict import Scored
-from headrace.compare.workloads import Question, Workload
+from headrace.compare.workloads import Workload, WorkloadRequest
 from headrace.core.config import ResolvedConfig
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Admit, Capacity, RowError, RowOut, StepPlan, StepResult
@@ -33,12 +33,14 @@ def outcome(outputs: Outputs, seconds: float, together: bool = True) -> Outcome:
         RequestRun(
             tuple(output),
             "length",
-            seconds / 4 if together else share * (index + 0.2),
+            0.0,
+            (seconds / 4 if together else share * (index + 0.2),) * len(output),
             seconds if together else share * (index + 1),
         )
         for index, output in enumerate(outputs)
     )
-    return Outcome(requests, seconds, iterations=10, computed_tokens=30, preemptions=0)
+    iterations = tuple(Iteration(seconds * (i + 1) / 10, len(outputs), 3) for i in range(10))
+    return Outcome(requests, seconds, iterations, computed_tokens=30)
 
 
 def scored(output: Sequence[int], argmax: Sequence[int] | None = None, kl: float = 0.0) -> Scored:
@@ -47,8 +49,11 @@ def scored(output: Sequence[int], argmax: Sequence[int] | None = None, kl: float
 
 
 def workload(count: int, max_tokens: int = 4) -> Workload:
-    questions = tuple(Question(f"title {number}", f"text <b>{number}</b>") for number in range(count))
-    return Workload("planted", questions, tuple((1, 2, 3 + number) for number in range(count)), max_tokens, True)
+    requests = [
+        WorkloadRequest((1, 2, 3 + number), max_tokens, title=f"title {number}", text=f"text <b>{number}</b>")
+        for number in range(count)
+    ]
+    return Workload("planted", tuple(requests), templated=True)
 
 
 def comparison(
@@ -56,15 +61,17 @@ def comparison(
 ) -> Comparison:
     """The whole experiment, from planted runs; the base is `serial`."""
     scores = {
-        (question, output): scored(output, kl=kl)
-        for outcomes in runs.values()
+        (name, question, output): scored(output, kl=kl)
+        for name, outcomes in runs.items()
         for one in outcomes
         for question, output in enumerate(one.outputs)
     }
     base = runs["serial"][0]
+    methods = {name: PlantedMethod(name) for name in runs}
     plain = tuple(f"answer {number}" for number in range(len(base.requests)))
     return Comparison(
-        methods=judge_runs(runs, scores),
+        methods=judge_runs(runs, scores, methods, dict.fromkeys(runs, 1.5)),
+        failures=(),
         workload=workload(len(base.requests)),
         texts=dict.fromkeys(runs, plain) | dict(texts or {}),
         bound=batching_bound([len(output) for output in base.outputs]),
@@ -81,6 +88,26 @@ def comparison(
         machine=Machine("a CPU", 2, 2**33, "Linux x86_64", "3.11", {"numpy": "2"}),
         measured_at="2026-01-01T00:00:00+00:00",
     )
+
+
+class PlantedMethod:
+    """A name, and what is said of it."""
+
+    config = None
+    exact = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.description = f"what {name} does"
+
+    def start(self, workload: Workload) -> float:
+        return 0.0
+
+    def run(self, workload: Workload) -> Outcome:
+        return outcome(OUTPUTS, 1.0)
+
+    def close(self) -> None:
+        pass
 
 
 class TableBackend:

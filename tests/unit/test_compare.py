@@ -6,7 +6,6 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -18,22 +17,14 @@ import pytest
 from headrace.compare.advice import advise, model_text
 from headrace.compare.document import document
 from headrace.compare.files import ReportFile
-from headrace.compare.measure import Claim, batching_bound, judge, run_rounds, time_method
-from headrace.compare.methods import with_base
-from headrace.compare.methods.admission import AdmissionMethod, check_names
+from headrace.compare.measure import Claim, batching_bound, judge, time_method
+from headrace.compare.questions import TEXT4
 from headrace.compare.report import page
 from headrace.compare.score import CHUNK, Known, is_reference, kl_divergence, margins, plans, reference_of, score
 from headrace.compare.table import console, show, show_written
 from headrace.compare.verdict import LOSSLESS_MEAN_KL, first_difference, percent, same_arithmetic, same_model
-from headrace.compare.workloads import TEXT4, Workload
 from headrace.core.errors import EngineError, InvalidParameter
 from headrace.core.resolve import precision_text
-from headrace.core.types import Capacity, EngineLimits
-from headrace.engine.core import EngineCore
-from headrace.sched.policy import parse_policy
-from headrace.sched.prefix import PrefixCache
-from headrace.sched.scheduler import Scheduler
-from headrace.testing.fake import FakeBackend, answer
 from tests.unit.compare_cases import MARGIN, OUTPUTS, TableBackend, comparison, outcome, scored, workload
 
 VOCAB = 61
@@ -42,75 +33,6 @@ NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31mred\x00 [bold]no marku
 
 def rounds(seconds: list[float], outputs=OUTPUTS, together: bool = True):
     return tuple(outcome(outputs, value, together) for value in seconds)
-
-
-def fake_core(poison: frozenset[int] = frozenset(), clock: Callable[[], float] | None = None) -> EngineCore:
-    capacity = Capacity(blocks=32, block_size=4, max_rows=4, max_tokens=16)
-    backend = FakeBackend(VOCAB, poison=poison)
-    backend.open(capacity)
-    cache = PrefixCache(capacity.blocks, capacity.block_size, "fake", enabled=False)
-    scheduler = Scheduler(capacity, 64, frozenset(), parse_policy("fused"), cache)
-    limits = EngineLimits(VOCAB, 64)
-    return EngineCore(backend, scheduler, limits) if clock is None else EngineCore(backend, scheduler, limits, clock)
-
-
-class TestMethods:
-    def test_names(self) -> None:
-        assert with_base(["fused", "static:4", "fused"]) == ("serial", "fused", "static:4")
-        check_names(["serial", "fused", "static:4", "window:50"])
-        for wrong in ("", "threads", "static", "static:0", "fused:1"):
-            with pytest.raises(InvalidParameter, match=r"^methods: got .*allowed: .*serial, static:B"):
-                check_names(["serial", wrong])
-
-    @pytest.mark.parametrize("name", ["serial", "fused", "static:2", "window:1"])
-    def test_a_run_gives_the_tokens_computed_by_hand(self, name: str) -> None:
-        asked = workload(4, max_tokens=6)
-        core = fake_core()
-        for _ in range(2):
-            run = AdmissionMethod(name, core).run(asked)
-            assert run.outputs == tuple(tuple(answer(prompt, VOCAB, 6)) for prompt in asked.prompts)
-            assert run.iterations == {"serial": 24, "static:2": 12}.get(name, 6)
-            assert run.computed_tokens == sum(len(prompt) + 5 for prompt in asked.prompts)
-            for request in run.requests:
-                assert 0 <= request.first_token_s <= request.end_s <= run.seconds
-                assert request.finish_reason == "length"
-
-    def test_serial_is_a_staircase_and_fused_is_not(self) -> None:
-        ticks = iter(range(10**6))
-        clock = lambda: float(next(ticks))  # noqa: E731
-        core = fake_core(clock=clock)
-        serial = AdmissionMethod("serial", core, clock).run(workload(3))
-        fused = AdmissionMethod("fused", core, clock).run(workload(3))
-        for before, after in zip(serial.requests, serial.requests[1:], strict=False):
-            assert after.first_token_s > before.end_s
-        assert len({request.end_s for request in fused.requests}) == 1
-        assert fused.seconds < serial.seconds / 2
-
-    def test_a_failed_question_ends_the_comparison_and_leaves_the_engine_usable(self) -> None:
-        core = fake_core(poison=frozenset({4}))
-        method = AdmissionMethod("serial", core)
-        with pytest.raises(EngineError, match=r"serial question 2 failed .nan_logits."):
-            method.run(workload(3))
-        safe = Workload("safe", workload(1).questions, ((1, 2, 9),), 1, False)
-        assert method.run(safe).outputs == (tuple(answer((1, 2, 9), VOCAB, 1)),)
-
-    def test_rounds_rotate(self) -> None:
-        order: list[tuple[str, int]] = []
-
-        class Recorder:
-            description = ""
-
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            def run(self, asked: Workload):
-                order.append((self.name, asked.max_tokens))
-                return outcome(OUTPUTS, 1.0)
-
-        runs = run_rounds([Recorder(name) for name in "abc"], workload(2, max_tokens=96), 3, lambda text: None)
-        assert order[:3] == [("a", 8), ("b", 8), ("c", 8)]
-        assert "".join(name for name, _ in order[3:]) == "abcbcacab"
-        assert {name: len(found) for name, found in runs.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 class TestStatistics:
@@ -386,7 +308,8 @@ class TestReports:
         assert other["same_model"]["mean_kl_nats"] == pytest.approx(1e-3)
         assert other["same_model"]["verdict"] == "lossy"
         assert found["model"]["path"] == "/models/planted.gguf" and len(found["model"]["fingerprint"]) == 64
-        assert found["workload"]["prompt_token_ids"] == [[1, 2, 3], [1, 2, 4]]
+        asked = found["workload"]["manifest"]["requests"]
+        assert [one["token_ids"] for one in asked] == [[1, 2, 3], [1, 2, 4]]
         assert len(found["workload"]["sha256"]) == 64 and found["workload"]["max_tokens"] == 4
         assert found["config"]["reasons"] == {"threads": "as set"}
         assert found["recommendation"]["method"] == "fused"

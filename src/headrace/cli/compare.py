@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         return set_up(arguments)
     from headrace.compare.files import ReportFile
     from headrace.compare.methods import with_base
-    from headrace.compare.methods.admission import check_names
+    from headrace.compare.methods.registry import check_names
 
     names = [name.strip() for name in arguments.methods.split(",")]
     check_names(names)
@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     paths = {"json": arguments.json, "html": arguments.html}
     files = {kind: ReportFile(kind, path) for kind, path in paths.items() if path is not None}
 
+    from headrace.compare.questions import text4
     from headrace.compare.runner import compare
     from headrace.compare.table import console, show, show_written
-    from headrace.compare.workloads import text4
     from headrace.engine.model import OpenModel
 
     opened = OpenModel(EngineConfig(**given(arguments, EngineConfig), prefix_cache=False))

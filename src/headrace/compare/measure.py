@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
 
 from headrace.compare.methods import Method, Outcome
 from headrace.compare.workloads import Workload
+from headrace.core.errors import HeadraceError
 
 WARM_UP_TOKENS = 8
 """Most tokens an answer has in the warm-up run, which is not counted."""
+WARM_UP_REQUESTS = 4
+"""Most requests of it."""
 CHANCE = 0.05
 """How often two equally fast methods may at most be told apart by mistake."""
 
@@ -60,22 +63,39 @@ class Timing:
 
 
 def run_rounds(
-    methods: Sequence[Method], workload: Workload, repeats: int, progress: Callable[[str], None]
+    methods: Sequence[Method],
+    workload: Workload,
+    repeats: int,
+    progress: Callable[[str], None],
+    fail: Callable[[str, HeadraceError], None],
 ) -> Mapping[str, tuple[Outcome, ...]]:
     """A warm-up of every method, then `repeats` rounds of all of them, each round beginning with another one.
 
-    Slow drifts of the machine so fall on every method alike, and pairs within a round share them.
+    Slow drifts of the machine so fall on every method alike, and pairs within a round share them. A method that raises
+    is told to `fail`, and is in no further round; only those that ran in all of them are in the result.
     """
-    warm_up = replace(workload, max_tokens=min(WARM_UP_TOKENS, workload.max_tokens))
+    warm_up = workload.warm_up(WARM_UP_TOKENS, WARM_UP_REQUESTS)
+    outcomes: dict[str, list[Outcome]] = {method.name: [] for method in methods}
+
+    def run(method: Method, part: Workload) -> Outcome | None:
+        if method.name not in outcomes:
+            return None
+        try:
+            return method.run(part)
+        except HeadraceError as error:
+            fail(method.name, error)
+            del outcomes[method.name]
+            return None
+
     for method in methods:
         progress(f"warm-up: {method.name}")
-        method.run(warm_up)
-    outcomes: dict[str, list[Outcome]] = {method.name: [] for method in methods}
+        run(method, warm_up)
     for index in range(repeats):
         first = index % len(methods)
         for method in (*methods[first:], *methods[:first]):
             progress(f"round {index + 1} of {repeats}: {method.name}")
-            outcomes[method.name].append(method.run(workload))
+            if (outcome := run(method, workload)) is not None:
+                outcomes[method.name].append(outcome)
     return {name: tuple(runs) for name, runs in outcomes.items()}
 
 

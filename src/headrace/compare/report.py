@@ -11,7 +11,7 @@ from headrace.compare.answers import clean, shown_answers
 from headrace.compare.charts import seconds_chart, timeline_chart
 from headrace.compare.measure import WARM_UP_TOKENS, Claim, Spread, figure, ratio_figure
 from headrace.compare.runner import Comparison, MethodResult
-from headrace.compare.verdict import SameModel, percent
+from headrace.compare.verdict import SameModel, kl_figure, percent
 from headrace.core.resolve import precision_text
 
 STUDY: Sequence[tuple[str, str, str]] = (
@@ -95,14 +95,14 @@ def _row(result: MethodResult) -> str:
     model = '<td class="good">lossless</td>'
     if not quality.lossless:
         top1 = percent(quality.top1_agreement)
-        model = f'<td class="mild">KL\N{NO-BREAK SPACE}{quality.mean_kl:.1e}<small>top-1 {top1}</small></td>'
+        model = f'<td class="mild">KL\N{NO-BREAK SPACE}{kl_figure(quality.mean_kl)}<small>top-1 {top1}</small></td>'
     arithmetic = '<td class="good">identical</td>'
     if result.divergence is not None:
         arithmetic = f'<td class="bad">different<small>{_safe(result.divergence)}</small></td>'
     return (
         f'<td class="name">{_safe(result.name)}</td>{_spread(timing.spread, figure)}'
         f"{_cell(f'{timing.output_tokens_per_s:.1f}', 'number')}{ratio}"
-        f"{_cell(result.rounds[0].iterations, 'number')}{arithmetic}"
+        f"{_cell(len(result.rounds[0].iterations), 'number')}{arithmetic}"
         f"{model}"
     )
 
@@ -116,8 +116,8 @@ def quality_text(quality: SameModel) -> str:
     """The figures of the same-model verdict."""
     divergence = "" if quality.divergence is None else f"; {quality.divergence}"
     return (
-        f"mean KL {quality.mean_kl:.1e}, max {quality.max_kl:.1e} nats, top-1 {percent(quality.top1_agreement)} "
-        f"of {quality.positions} tokens{divergence}"
+        f"mean KL {kl_figure(quality.mean_kl)}, max {kl_figure(quality.max_kl)} nats, "
+        f"top-1 {percent(quality.top1_agreement)} of {quality.positions} tokens{divergence}"
     )
 
 
@@ -134,7 +134,7 @@ def _figures(comparison: Comparison) -> str:
 
 def _questions(comparison: Comparison) -> Iterator[str]:
     yield "<h2>Questions and answers</h2>"
-    for index, question in enumerate(comparison.workload.questions):
+    for index, question in enumerate(comparison.workload.requests):
         yield f"<h3>{index + 1}. {_safe(question.title)}</h3>\n<blockquote>{_safe(question.text)}</blockquote>"
         answers = shown_answers(comparison, index)
         for name, text in answers:

@@ -1,4 +1,4 @@
-"""The experiment: one loaded model, every method in every round, then the two verdicts."""
+"""The experiment: every method in every round, then the two verdicts. A method that fails loses its own row alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from headrace.compare.machine import Machine, probe_machine
 from headrace.compare.measure import Timing, batching_bound, run_rounds, time_method
-from headrace.compare.methods import BASE, Outcome
-from headrace.compare.methods.admission import AdmissionMethod, describe
+from headrace.compare.methods import BASE, Method, Outcome
+from headrace.compare.methods.bench import Bench
+from headrace.compare.methods.registry import make_method
 from headrace.compare.score import Known, is_reference, loader, reference_of, score
 from headrace.compare.verdict import Divergence, SameModel, Scored, same_arithmetic, same_model
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
+from headrace.core.errors import HeadraceError
 from headrace.engine.hardware import peak_rss_bytes
 from headrace.engine.model import OpenModel
 from headrace.text.detokenize import Detokenizer
@@ -24,9 +26,14 @@ from headrace.text.detokenize import Detokenizer
 
 @dataclass(frozen=True, slots=True)
 class MethodResult:
+    """A method that ran in every round."""
+
     name: str
     description: str
+    exact: bool
+    """Whether it promises the base's own token ids."""
     rounds: tuple[Outcome, ...]
+    load_s: float
     timing: Timing
     divergence: Divergence | None
     """Verdict 1, same arithmetic: where a round's token ids first leave the base's first round; None: identical."""
@@ -39,10 +46,20 @@ class MethodResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A method that could not run here, or broke off."""
+
+    name: str
+    description: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Everything a report says. The first method is the base."""
 
     methods: tuple[MethodResult, ...]
+    failures: tuple[Failure, ...]
     workload: Workload
     texts: Mapping[str, tuple[str, ...]]
     """Method -> the answers of its first round, as text."""
@@ -51,6 +68,7 @@ class Comparison:
     one_scoring: bool
     """The methods run in the reference's own arithmetic: one teacher-forced run served both sides of verdict 2."""
     load_s: float
+    """Of the base's model."""
     repeats: int
     peak_rss_bytes: int
     """Of the process, up to the end of the rounds."""
@@ -68,30 +86,55 @@ class Comparison:
         return self.methods[0]
 
 
+Runs = Mapping[str, tuple[Outcome, ...]]
+"""Method -> its rounds."""
+Progress = Callable[[str], None]
+"""Hears what is being done now."""
+
+
 def compare(
-    opened: OpenModel, workload: Workload, names: Sequence[str], repeats: int, progress: Callable[[str], None]
+    opened: OpenModel, workload: Workload, names: Sequence[str], repeats: int, progress: Progress
 ) -> Comparison:
-    """Loads the model, runs `names` (the base first) `repeats` times, and judges. Raises ModelError or EngineError."""
-    progress("loading the model")
-    core, load_s = opened.start()
+    """Runs `names` (the base first) `repeats` times, and judges. Raises ModelError or EngineError where the base
+    fails, InvalidParameter for a name that is no method."""
+    bench = Bench(opened)
+    methods = {name: make_method(name, bench) for name in names}
+    failures: list[Failure] = []
+
+    def fail(name: str, error: HeadraceError) -> None:
+        if name == BASE:
+            raise error
+        failures.append(Failure(name, methods[name].description, str(error)))
+        methods[name].close()
+
+    loaded: dict[str, float] = {}
     try:
-        methods = [AdmissionMethod(name, core) for name in names]
-        runs = run_rounds(methods, workload, repeats, progress)
+        for name, method in methods.items():
+            progress(f"loading: {name}")
+            try:
+                loaded[name] = method.start(workload)
+            except HeadraceError as error:
+                fail(name, error)
+        runs = run_rounds([methods[name] for name in loaded], workload, repeats, progress, fail)
         peak = peak_rss_bytes()
     finally:
-        core.close()
+        for method in methods.values():
+            method.close()
+        bench.close()
     # The engine's weights go before those of the scoring come: two copies might not fit.
-    del core, methods
+    del bench
     gc.collect()
     progress("scoring the answers")
-    scored = score_runs(opened, workload, runs)
+    configs = {name: methods[name].config for name in runs}
+    scored = score_runs(opened, workload, runs, configs)
     return Comparison(
-        methods=judge_runs(runs, scored),
+        methods=judge_runs(runs, scored, methods, loaded),
+        failures=tuple(failures),
         workload=workload,
         texts={name: tuple(_text(opened, output) for output in outcomes[0].outputs) for name, outcomes in runs.items()},
         bound=batching_bound([len(output) for output in runs[BASE][0].outputs]),
         one_scoring=is_reference(opened.config),
-        load_s=load_s,
+        load_s=loaded[BASE],
         repeats=repeats,
         peak_rss_bytes=peak,
         model=_printable(opened.checkpoint.path),
@@ -103,46 +146,68 @@ def compare(
     )
 
 
-Scores = Mapping[tuple[int, tuple[int, ...]], Scored]
-"""(question, output) -> its score; most methods give the same outputs, and each is scored once."""
+Scores = Mapping[tuple[str, int, tuple[int, ...]], Scored]
+"""(method, question, output) -> its score."""
 
 
-def score_runs(opened: OpenModel, workload: Workload, runs: Mapping[str, tuple[Outcome, ...]]) -> Scores:
-    """Teacher-forces every distinct answer of every round."""
-    answers = dict.fromkeys(
-        (question, output)
-        for outcomes in runs.values()
-        for outcome in outcomes
-        for question, output in enumerate(outcome.outputs)
-    )
-    known: list[Known] = [(workload.prompts[question], output) for question, output in answers]
-    longest = max(len(prompt) + len(output) for prompt, output in known)
-    config = opened.config
-    own = loader(opened, config, longest)
-    reference = None if is_reference(config) else loader(opened, reference_of(config), longest)
-    return dict(zip(answers, score(known, config.block_size, own, reference), strict=True))
+def score_runs(
+    opened: OpenModel, workload: Workload, runs: Runs, configs: Mapping[str, ResolvedConfig | None]
+) -> Scores:
+    """Teacher-forces every distinct answer of every round, in the arithmetic of the method that gave it.
+
+    `configs`: of each method; None: an engine from outside, whose logits nobody knows.
+    """
+    found: dict[tuple[str, int, tuple[int, ...]], Scored] = {}
+    reference = reference_of(opened.config)
+    left = list(runs)
+    while left:
+        config = configs[left[0]]
+        names = [name for name in left if configs[name] == config]
+        left = [name for name in left if name not in names]
+        answers = dict.fromkeys(
+            (question, output)
+            for name in names
+            for outcome in runs[name]
+            for question, output in enumerate(outcome.outputs)
+        )
+        known: list[Known] = [(workload.prompts[question], output) for question, output in answers]
+        longest = max(len(prompt) + len(output) for prompt, output in known)
+        by_fp32 = loader(opened, reference, longest)
+        if config is None:
+            scores = [one.without_kl() for one in score(known, opened.config.block_size, by_fp32, None)]
+        else:
+            other = None if is_reference(config) else by_fp32
+            scores = score(known, config.block_size, loader(opened, config, longest), other)
+        for answer, one in zip(answers, scores, strict=True):
+            for name in names:
+                found[name, *answer] = one
+    return found
 
 
-def judge_runs(runs: Mapping[str, tuple[Outcome, ...]], scores: Scores) -> tuple[MethodResult, ...]:
+def judge_runs(
+    runs: Runs, scores: Scores, methods: Mapping[str, Method], loaded: Mapping[str, float]
+) -> tuple[MethodResult, ...]:
     """Both verdicts and the timing of every method."""
     base = runs[BASE]
     expected = base[0].outputs
-    base_margins = [scores[question, output].margins for question, output in enumerate(expected)]
+    base_margins = [scores[BASE, question, output].margins for question, output in enumerate(expected)]
     results = []
     for name, outcomes in runs.items():
         distinct = dict.fromkeys(outcome.outputs for outcome in outcomes)
         qualities = [
-            same_model(outputs, [scores[question, output] for question, output in enumerate(outputs)])
+            same_model(outputs, [scores[name, question, output] for question, output in enumerate(outputs)])
             for outputs in distinct
         ]
         results.append(
             MethodResult(
                 name=name,
-                description=describe(name),
+                description=methods[name].description,
+                exact=methods[name].exact,
                 rounds=outcomes,
+                load_s=loaded[name],
                 timing=time_method(outcomes, base),
                 divergence=same_arithmetic(expected, [outcome.outputs for outcome in outcomes], base_margins),
-                same_model=max(qualities, key=lambda quality: (not quality.lossless, quality.mean_kl)),
+                same_model=max(qualities, key=lambda quality: (not quality.lossless, quality.mean_kl or 0.0)),
             )
         )
     return tuple(results)

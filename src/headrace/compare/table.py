@@ -15,7 +15,7 @@ from headrace.compare.advice import advise, measured_text, model_text
 from headrace.compare.answers import clean, shown_answers
 from headrace.compare.measure import Claim, Spread, figure, ratio_figure
 from headrace.compare.runner import Comparison, MethodResult
-from headrace.compare.verdict import percent
+from headrace.compare.verdict import kl_figure, percent
 
 PIPED_WIDTH = 100
 
@@ -44,7 +44,7 @@ def show_written(path: str, out: Console) -> None:
 
 
 def _answers(comparison: Comparison, out: Console) -> None:
-    for index, question in enumerate(comparison.workload.questions):
+    for index, question in enumerate(comparison.workload.requests):
         for name, text in shown_answers(comparison, index):
             whose = "" if name == comparison.base.name else f" · {name} answers differently"
             out.rule(Text(f"question {index + 1}: {question.title}{whose}", style="bold"), align="left", style="dim")
@@ -69,13 +69,15 @@ def _row(result: MethodResult) -> tuple[Text, ...]:
     ratio = "1" if timing.claim is Claim.BASE else with_range(timing.ratio, ratio_figure)
     if timing.claim is Claim.SAME:
         ratio += "\nno signif.\ndifference"
-    model = "lossless" if quality.lossless else f"KL {quality.mean_kl:.1e}\ntop-1 {percent(quality.top1_agreement)}"
+    model = (
+        "lossless" if quality.lossless else f"KL {kl_figure(quality.mean_kl)}\ntop-1 {percent(quality.top1_agreement)}"
+    )
     return (
         Text(result.name),
         Text(with_range(timing.spread, figure)),
         Text(f"{timing.output_tokens_per_s:.1f}"),
         Text(ratio, style="green" if timing.claim is Claim.FASTER else ""),
-        Text(str(result.rounds[0].iterations)),
+        Text(str(len(result.rounds[0].iterations))),
         Text("identical" if result.identical else "different", style="green" if result.identical else "red"),
         Text(model, style="green" if quality.lossless else "yellow"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Outputs = Sequence[Sequence[int]]
 """Token ids of every question's answer."""
@@ -35,9 +35,9 @@ class SameModel:
     """One method's answers under the fp32 model, teacher-forced: position by position on the method's own tokens."""
 
     positions: int
-    mean_kl: float
-    """KL(fp32 ‖ method) in nats, mean over output positions."""
-    max_kl: float
+    mean_kl: float | None
+    """KL(fp32 ‖ method) in nats, mean over output positions; None: the method's logits are not known."""
+    max_kl: float | None
     top1_agreement: float
     """Share of the emitted tokens that are fp32's likeliest (lowest id on a tie)."""
     divergence: Divergence | None
@@ -45,12 +45,19 @@ class SameModel:
 
     @property
     def lossless(self) -> bool:
-        return self.divergence is None and self.top1_agreement == 1 and self.mean_kl <= LOSSLESS_MEAN_KL
+        """Where the logits are not known, every token being fp32's likeliest has to do."""
+        close = self.mean_kl is None or self.mean_kl <= LOSSLESS_MEAN_KL
+        return self.divergence is None and self.top1_agreement == 1 and close
 
 
 def percent(share: float) -> str:
     """Never rounded up to 100 %."""
     return "100 %" if share == 1 else f"{math.floor(share * 1000) / 10:.1f} %"
+
+
+def kl_figure(kl: float | None) -> str:
+    """A divergence in nats for a reader."""
+    return "unknown" if kl is None else f"{kl:.1e}"
 
 
 def first_difference(reference: Sequence[int], other: Sequence[int]) -> int | None:
@@ -87,16 +94,20 @@ class Scored:
 
     margins: tuple[float, ...]
     """Of the method's own arithmetic: largest logit - second largest."""
-    kl: tuple[float, ...]
-    """KL(fp32 ‖ method), nats."""
+    kl: tuple[float, ...] | None
+    """KL(fp32 ‖ method), nats; None: the method's logits are not known."""
     argmax: tuple[int, ...]
     """fp32's likeliest token, lowest id on a tie."""
     fp32_margins: tuple[float, ...]
 
+    def without_kl(self) -> Scored:
+        """The same, of a method whose logits are not known."""
+        return replace(self, kl=None)
+
 
 def same_model(outputs: Outputs, scored: Sequence[Scored]) -> SameModel:
     """Verdict on one method's answers; `scored[q]` is of `outputs[q]`."""
-    kl = [value for one in scored for value in one.kl]
+    kl = [value for one in scored for value in one.kl or ()]
     agreed = 0
     found: list[tuple[int, int]] = []
     for question, (output, one) in enumerate(zip(outputs, scored, strict=True)):
@@ -107,4 +118,7 @@ def same_model(outputs: Outputs, scored: Sequence[Scored]) -> SameModel:
     if found:
         token, question = min(found)
         divergence = Divergence(question, token, margin=scored[question].fp32_margins[token])
-    return SameModel(len(kl), math.fsum(kl) / len(kl), max(kl), agreed / len(kl), divergence)
+    positions = sum(map(len, outputs))
+    known = len(kl) == positions
+    mean_kl, max_kl = (math.fsum(kl) / positions, max(kl)) if known else (None, None)
+    return SameModel(positions, mean_kl, max_kl, agreed / positions, divergence)

@@ -1,86 +1,119 @@
-"""What every method is asked: fixed questions, as token ids, with one way to sample and to stop."""
+"""What every method is asked: prompts as token ids, when each arrives, how long its answer is and when it stops."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from headrace.core.types import Request, SamplingParams
+from headrace.core.types import SamplingParams
 
-if TYPE_CHECKING:
-    from headrace.engine.model import OpenModel, Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    title: str
-    text: str
-
-
-TEXT4 = (
-    Question(
-        "merge two sorted arrays",
-        "You are given two integer arrays nums1 and nums2, sorted in non-decreasing order, and two integers m and n, "
-        "representing the number of elements in nums1 and nums2 respectively. Merge nums1 and nums2 into a single "
-        "array sorted in non-decreasing order. The final sorted array should not be returned by the function, but "
-        "instead be stored inside the array nums1. To accommodate this, nums1 has a length of m + n, where the first "
-        "m elements denote the elements that should be merged, and the last n elements are set to 0 and should be "
-        "ignored. nums2 has a length of n.",
-    ),
-    Question(
-        "majority element",
-        "Given an array nums of size n, return the majority element. The majority element is the element that "
-        "appears more than  $\\lfloor n / 2 \\rfloor$  times. You may assume that the majority element always exists "
-        "in the array.",
-    ),
-    Question(
-        "three numbers that sum to zero",
-        "Given an integer array nums, return all the triplets [nums[i], nums[j], nums[k]] such that i != j, i != k, "
-        "and j != k, and nums[i] + nums[j] + nums[k] == 0.",
-    ),
-    Question(
-        "valid parentheses",
-        "Given a string s containing just the characters (, ), {, }, [ and ], determine if the input string is valid. "
-        "An input string is valid if:\n"
-        "Open brackets must be closed by the same type of brackets.\n"
-        "Open brackets must be closed in the correct order.\n"
-        "Every close bracket has a corresponding open bracket of the same type.",
-    ),
-)
-"""The four text questions of the NVLM acceleration study (Open Hackathon, December 2024), word for word."""
+FORMAT = "headrace-workload/1"
 
 
 @dataclass(frozen=True, slots=True)
+class WorkloadRequest:
+    """One request of a workload."""
+
+    token_ids: tuple[int, ...]
+    """The prompt."""
+    max_tokens: int
+    arrival_s: float = 0.0
+    """Seconds from the start of a run, ≥ 0."""
+    title: str = ""
+    text: str = ""
+    """The prompt as it was written; empty where it never was text."""
+
+
+@dataclass(frozen=True)
 class Workload:
-    """The same for every method: questions that arrive together, answered greedily up to `max_tokens` or their end."""
+    """The same for every method; answered greedily, each request up to its `max_tokens` or its natural end."""
 
     name: str
-    questions: tuple[Question, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    """Token ids, one prompt a question."""
-    max_tokens: int
-    templated: bool
-    """Whether the questions went through the model's chat template; else they are plain text."""
+    requests: tuple[WorkloadRequest, ...]
+    """At least one; in order of arrival."""
+    ignore_eos: bool = False
+    """Every answer has exactly `max_tokens` tokens."""
+    templated: bool = False
+    """Whether the texts went through the model's chat template; else they are plain text."""
+    seed: int | None = None
+    """What arrivals, lengths and prompts were drawn with; None: nothing was drawn."""
+    notes: tuple[str, ...] = ()
+    """What a reader has to know of it, in sentences (that lengths were cut, and from what)."""
 
     @property
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.max_tokens)
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(one.token_ids for one in self.requests)
 
     @property
+    def max_tokens(self) -> int:
+        """Of the longest answer that is allowed."""
+        return max(one.max_tokens for one in self.requests)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return max(len(one.token_ids) + one.max_tokens for one in self.requests)
+
+    @property
+    def together(self) -> bool:
+        """Whether all requests arrive at once."""
+        return all(one.arrival_s == 0 for one in self.requests)
+
+    def sampling(self, index: int) -> SamplingParams:
+        """Of the request `index`."""
+        return SamplingParams(max_tokens=self.requests[index].max_tokens, ignore_eos=self.ignore_eos)
+
+    def warm_up(self, max_tokens: int, most: int) -> Workload:
+        """A short piece of it: its first `most` requests at once, each answered with up to `max_tokens` tokens."""
+        first = self.requests[:most]
+        short = tuple(replace(one, max_tokens=min(max_tokens, one.max_tokens), arrival_s=0.0) for one in first)
+        return replace(self, requests=short)
+
+    def manifest(self) -> dict[str, Any]:
+        """All that a run depends on, as a JSON object; `from_manifest` reads it."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "temperature": 0,
+            "ignore_eos": self.ignore_eos,
+            "templated": self.templated,
+            "seed": self.seed,
+            "notes": list(self.notes),
+            "requests": [
+                {
+                    "token_ids": list(one.token_ids),
+                    "max_tokens": one.max_tokens,
+                    "arrival_s": one.arrival_s,
+                    "title": one.title,
+                    "text": one.text,
+                }
+                for one in self.requests
+            ],
+        }
+
+    @cached_property
     def sha256(self) -> str:
-        """Of the prompts' token ids, max_tokens and the way of sampling."""
-        manifest = {"prompts": self.prompts, "max_tokens": self.max_tokens, "temperature": 0, "ignore_eos": False}
-        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        """Of what decides the work: token ids, lengths, arrivals, sampling and the stop rule."""
+        work = [(one.token_ids, one.max_tokens, one.arrival_s) for one in self.requests]
+        decides = {"requests": work, "temperature": 0, "ignore_eos": self.ignore_eos}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def text4(opened: OpenModel, max_tokens: int) -> Workload:
-    """The four text questions for one model. Raises RequestError if one does not fit its context."""
-    sampling = SamplingParams(max_tokens=max_tokens)
-    templated = opened.tokenizer.chat_template is not None
-    requests: list[Request] = []
-    for number, question in enumerate(TEXT4, 1):
-        prompt: Prompt = [{"role": "user", "content": question.text}] if templated else question.text
-        requests.append(opened.request(f"question {number}", prompt, sampling))
-    return Workload("text4", TEXT4, tuple(request.token_ids for request in requests), max_tokens, templated)
+def from_manifest(manifest: Mapping[str, Any]) -> Workload:
+    """What `Workload.manifest` gave, already checked."""
+    requests = tuple(
+        WorkloadRequest(tuple(one["token_ids"]), one["max_tokens"], one["arrival_s"], one["title"], one["text"])
+        for one in manifest["requests"]
+    )
+    return Workload(
+        manifest["name"],
+        requests,
+        manifest["ignore_eos"],
+        manifest["templated"],
+        manifest["seed"],
+        tuple(manifest["notes"]),
+    )

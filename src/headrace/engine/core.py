@@ -297,6 +297,11 @@ class EngineCore:
         return bool(self._events) or (alive and (bool(self._compiling) or self._scheduler.has_work))
 
     @property
+    def num_running(self) -> int:
+        """Requests that have joined and are unfinished."""
+        return self._scheduler.num_running
+
+    @property
     def error(self) -> HeadraceError | None:
         """Why the engine is dead, or None. Its message may tell of the inside."""
         return self._error

@@ -220,7 +220,7 @@ class OpenModel:
         began = time.monotonic()
         with suppress(HeadraceError):
             _ = self._fingerprint  # before there are weights
-            load = self._make_load(self.config.backend, self._options())
+            load = self._make_load(self.config.backend, self.options())
             if isinstance(load.backend, ReadsAhead):
                 load.backend.begin(self.spec, load.tensors, load.options, Mesh())
                 self._begun = load
@@ -242,16 +242,38 @@ class OpenModel:
         `on_fault` hears of each exception that a step raised. Raises ModelError or EngineError.
         """
         began = time.monotonic()
+        _ = self._fingerprint  # before there are weights
+        backend, capacity = self.load_backend(self.config.backend, self.options(), on_progress)
+        core = self.engine(
+            backend,
+            capacity,
+            eos_token_ids=eos_token_ids,
+            step_seconds=step_seconds,
+            grammars=grammars,
+            on_fault=on_fault,
+        )
+        return core, time.monotonic() - began + self._begin_s
+
+    def engine(
+        self,
+        backend: Backend,
+        capacity: Capacity,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        eos_token_ids: frozenset[int] | None = None,
+        step_seconds: float | None = None,
+        grammars: Grammars | None = None,
+        on_fault: Callable[[BaseException], None] = lambda error: None,
+    ) -> EngineCore:
+        """An engine on a backend that was loaded with `options()`. Arguments as in `start`."""
         config = self.config
         arithmetic = f"{config.backend}/{config.dtype}/{config.quant}/{config.kv_dtype}"
         identity = f"{self._fingerprint}/{arithmetic}"
-        backend, capacity = self.load_backend(config.backend, self._options(), on_progress)
         cache = PrefixCache(capacity.blocks, capacity.block_size, identity, config.prefix_cache)
         policy = parse_policy(config.policy)
         eos_ids = self.eos_token_ids if eos_token_ids is None else eos_token_ids
         scheduler = Scheduler(capacity, config.max_model_len, eos_ids, policy, cache, step_seconds)
-        core = EngineCore(backend, scheduler, self.limits, grammars=grammars, on_fault=on_fault)
-        return core, time.monotonic() - began + self._begin_s
+        return EngineCore(backend, scheduler, self.limits, clock, grammars=grammars, on_fault=on_fault)
 
     def load_backend(
         self, name: str, options: BackendOptions, on_progress: OnProgress | None = None
@@ -277,7 +299,8 @@ class OpenModel:
         self.checkpoint.drop_pages()
         return found
 
-    def _options(self) -> BackendOptions:
+    def options(self) -> BackendOptions:
+        """Of the backend that `start` loads."""
         config = self.config
         return BackendOptions(
             dtype=config.dtype,

@@ -3,103 +3,136 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from headrace.compare.methods import Outcome, RequestRun
+from headrace.compare.methods import Iteration, Outcome, RequestRun
+from headrace.compare.methods.bench import Bench
 from headrace.compare.workloads import Workload
-from headrace.core.errors import EngineError, InvalidParameter
-from headrace.core.types import ErrorEvent, FinishEvent, Request, TokenEvent
-from headrace.engine.client import InProcessClient
+from headrace.core.config import ResolvedConfig
+from headrace.core.errors import EngineError
+from headrace.core.types import ErrorEvent, Event, FinishEvent, Request, TokenEvent
 from headrace.engine.core import EngineCore
-from headrace.sched.policy import ALLOWED, parse_policy
+from headrace.sched.policy import parse_policy
 
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises InvalidParameter unless every name is a method."""
-    for name in names:
-        try:
-            parse_policy(name)
-        except InvalidParameter as error:
-            raise InvalidParameter("methods", name, f"a comma-separated list of {ALLOWED}") from error
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What has come back of one request so far."""
-
-    token_ids: list[int]
-    first_token_s: float | None = None
+DESCRIPTIONS: Mapping[str, str] = {
+    "serial": "one request at a time",
+    "fused": "every request joins the running batch at the next iteration",
+    "static": "up to {} requests start together; none joins until the last of them has ended",
+    "window": "requests that arrive within {} ms start together; none joins until the last of them has ended",
+}
+"""Kind of a policy -> what it does; {}: its number."""
 
 
 class AdmissionMethod:
-    """Runs workloads on `core` under one policy. `clock` must be the engine's."""
+    """Runs workloads on the bench's engine under one policy."""
 
-    def __init__(self, name: str, core: EngineCore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._core = core
-        self._clock = clock
+    exact = True
+
+    def __init__(self, name: str, policy: str, bench: Bench) -> None:
+        """`name`: of the method; `policy`: as `sched.policy` has it. Raises InvalidParameter."""
+        kind, _, number = policy.partition(":")
         self.name = name
-        self.description = describe(name)
+        self.description = DESCRIPTIONS[kind].format(number)
+        self.config: ResolvedConfig | None = bench.opened.config
+        self._policy = parse_policy(policy)
+        self._bench = bench
+
+    def start(self, workload: Workload) -> float:
+        _ = self._bench.core
+        return self._bench.load_s
 
     def run(self, workload: Workload) -> Outcome:
-        core = self._core
-        core.use_policy(parse_policy(self.name))
-        client = InProcessClient(core)
-        stats = core.stats
-        before = (stats.iterations, stats.computed_tokens, stats.preemptions)
-        ids = [f"{self.name} question {number}" for number in range(1, len(workload.prompts) + 1)]
-        live = {request_id: _Progress([]) for request_id in ids}
-        done: dict[str, RequestRun] = {}
-        began_s = self._clock()
-        try:
-            for request_id, prompt in zip(ids, workload.prompts, strict=True):
-                client.submit(Request(request_id, prompt, workload.sampling, arrival_s=began_s))
-            while live:
-                events = client.poll()
-                if not events:
-                    raise EngineError(f"{self.name}: the engine stopped with {len(live)} questions unanswered")
-                for event in events:
-                    self._take(event, live, done, began_s)
-        finally:
-            for request_id in live:
-                client.abort(request_id)
-            while live and client.poll():
-                pass
-        return Outcome(
-            requests=tuple(done[request_id] for request_id in ids),
-            seconds=self._clock() - began_s,
-            iterations=stats.iterations - before[0],
-            computed_tokens=stats.computed_tokens - before[1],
-            preemptions=stats.preemptions - before[2],
-        )
+        core = self._bench.core
+        core.use_policy(self._policy)
+        return play(core, workload, self.name, self._bench.clock)
 
-    def _take(
-        self,
-        event: TokenEvent | FinishEvent | ErrorEvent,
-        live: dict[str, _Progress],
-        done: dict[str, RequestRun],
-        began_s: float,
-    ) -> None:
-        progress = live[event.request_id]
-        elapsed_s = event.time_s - began_s
-        if isinstance(event, ErrorEvent):
-            raise EngineError(f"{event.request_id} failed ({event.code}): {event.message}")
-        if isinstance(event, TokenEvent):
-            progress.token_ids += event.token_ids
-            if progress.first_token_s is None:
-                progress.first_token_s = elapsed_s
-            return
-        del live[event.request_id]
-        first_s = elapsed_s if progress.first_token_s is None else progress.first_token_s
-        done[event.request_id] = RequestRun(tuple(progress.token_ids), str(event.reason), first_s, elapsed_s)
+    def close(self) -> None:
+        """Nothing is the method's own."""
 
 
-def describe(name: str) -> str:
-    kind, _, number = name.partition(":")
-    if kind == "static":
-        return f"up to {number} requests start together; none joins until the last of them has ended"
-    if kind == "window":
-        return f"requests that arrive within {number} ms start together; none joins until the last of them has ended"
-    if kind == "serial":
-        return "one request at a time"
-    return "every request joins the running batch at the next iteration"
+@dataclass(slots=True)
+class _Live:
+    """What has come back of one request so far."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+
+
+def play(
+    core: EngineCore,
+    workload: Workload,
+    name: str,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """One run on an engine without work: each request is submitted once it arrives. `name` begins the requests' ids;
+    `clock`: the engine's; `watch` sees each event. Raises EngineError if a request fails."""
+    stats = core.stats
+    computed, preemptions = stats.computed_tokens, stats.preemptions
+    waiting = list(enumerate(workload.requests))[::-1]
+    live: dict[str, _Live] = {}
+    done: dict[int, RequestRun] = {}
+    iterations: list[Iteration] = []
+    began_s = clock()
+    try:
+        while waiting or live:
+            now_s = clock() - began_s
+            while waiting and waiting[-1][1].arrival_s <= now_s:
+                index, asked = waiting.pop()
+                request_id = f"{name} request {index + 1}"
+                arrival_s = began_s + asked.arrival_s
+                live[request_id] = _Live(index)
+                core.submit(Request(request_id, asked.token_ids, workload.sampling(index), arrival_s=arrival_s))
+            until_s = None if not waiting else waiting[-1][1].arrival_s
+            if not core.has_work:
+                if live:
+                    raise EngineError(f"{name}: the engine stopped with {len(live)} requests unanswered")
+                assert until_s is not None
+                sleep(max(0.0, until_s - now_s))
+                continue
+            before = (stats.iterations, stats.computed_tokens)
+            events = core.step()
+            if stats.iterations > before[0]:
+                in_flight = core.num_running + sum(isinstance(one, FinishEvent) for one in events)
+                iterations.append(Iteration(clock() - began_s, in_flight, stats.computed_tokens - before[1]))
+            elif not events and (delay_s := core.sleep_s()):
+                sleep(delay_s if until_s is None else min(delay_s, max(0.0, until_s - now_s)))
+            for event in events:
+                watch(event)
+                _take(event, live, done, workload, began_s)
+    finally:
+        for request_id in live:
+            core.abort(request_id)
+        while live and core.has_work:
+            core.step()
+    return Outcome(
+        requests=tuple(done[index] for index in range(len(workload.requests))),
+        seconds=max(one.end_s for one in done.values()),
+        iterations=tuple(iterations),
+        computed_tokens=stats.computed_tokens - computed,
+        preemptions=stats.preemptions - preemptions,
+    )
+
+
+def _take(
+    event: Event, live: dict[str, _Live], done: dict[int, RequestRun], workload: Workload, began_s: float
+) -> None:
+    found = live[event.request_id]
+    elapsed_s = event.time_s - began_s
+    if isinstance(event, ErrorEvent):
+        raise EngineError(f"{event.request_id} failed ({event.code}): {event.message}")
+    if isinstance(event, TokenEvent):
+        found.token_ids += event.token_ids
+        found.token_s += [elapsed_s] * len(event.token_ids)
+        return
+    del live[event.request_id]
+    done[found.index] = RequestRun(
+        token_ids=tuple(found.token_ids),
+        finish_reason=str(event.reason),
+        arrival_s=workload.requests[found.index].arrival_s,
+        token_s=tuple(found.token_s),
+        end_s=elapsed_s,
+    )
