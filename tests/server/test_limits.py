@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
@@ -21,6 +20,7 @@ from headrace.core.errors import (
     HeadraceError,
     InvalidJson,
     InvalidParameter,
+    NotReady,
     QueueFull,
     UnsupportedModel,
 )
@@ -45,6 +45,13 @@ KEY, OTHER_KEY = "sk-one", "sk-zwölf"
 class Service:
     settings: ServeConfig
     draining: bool = False
+    refusal: HeadraceError | None = None
+    """What `admit` raises."""
+
+    def admit(self, count: int) -> None:
+        assert count == 1
+        if self.refusal is not None:
+            raise self.refusal
 
 
 class Panic(BaseException):
@@ -316,6 +323,31 @@ def test_draining(served: Served, service: Service) -> None:
     assert served.ask(post(b"{}")).status == 200
 
 
+# ------------------------------------------------------------ no room
+
+
+def test_a_full_server_reads_no_body_and_keeps_the_connection(served: Served, service: Service) -> None:
+    """The body is no JSON, and nobody looks; other routes go on."""
+    service.refusal = QueueFull("full", retry_after_s=2.5)
+    try:
+        with served.client() as client:
+            for path, key in (("/v1/completions", "code"), ("/generate", "error_type")):
+                client.send(post(b"{nonsense", path=path))
+                answer = client.answer()
+                assert answer.status == 429 and answer.headers["retry-after"] == "3"
+                assert key in json.dumps(answer.json())
+            client.send(post(b"{}"))
+            assert client.answer().status == 200
+        large = served.refused(post(b" " * 100_000, path="/v1/completions"))
+        assert large.status == 429
+        assert served.ask(get("/v1/completions")).status == 404
+        service.refusal = NotReady("the engine is not ready")
+        assert served.ask(post(b"{}", path="/v1/chat/completions")).status == 503
+    finally:
+        service.refusal = None
+    assert served.ask(post(b"{}", path="/v1/completions")).status == 404
+
+
 # ------------------------------------------------------------ bodies
 
 
@@ -376,7 +408,7 @@ def test_bad_bodies(served: Served, body: bytes) -> None:
 
 def test_access_log(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ServeConfig(access_log=True, api_key=(KEY,))
-    guard = build(SimpleNamespace(settings=settings, draining=False))
+    guard = build(Service(settings))
     with serving(guard, settings) as served:
         body = b'{"prompt": "PRIVATE"}'
         answer = served.ask(post(body, bearer(KEY), "x-request-id: mine\x01\xe9", path="/v1/echo?q=PRIVATE"))

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import re
 import secrets
 import sys
@@ -24,6 +25,8 @@ from headrace.core.errors import (
     ClientGone,
     HeadraceError,
     InvalidJson,
+    NotReady,
+    QueueFull,
     ShuttingDown,
     Unauthorized,
     UnsupportedMediaType,
@@ -47,6 +50,10 @@ MAX_LOGGED_PATH = 256
 KEYLESS = frozenset({"/health/live", "/health/ready"})
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream", "/"})
+"""Routes whose every POST needs a place in the engine."""
+READ_BYTES = 64 * 1024
+"""A body of up to this much is read although it is refused, so that its connection can serve the next request."""
 CORS_HEADERS = ("authorization", "content-type", "x-request-id", "x-request-timeout")
 CORS_EXPOSED = ("x-request-id", "retry-after", "x-headrace-ignored")
 
@@ -67,6 +74,9 @@ class Guarded(Protocol):
 
     settings: ServeConfig
     draining: bool
+
+    def admit(self, count: int) -> None:
+        """Raises ShuttingDown, NotReady or QueueFull where `count` requests cannot come in now."""
 
 
 class Guard:
@@ -137,11 +147,16 @@ class Guard:
             if scope["method"] in WITH_BODY:
                 _check_kind(headers)
             receive = self._limited(headers, receive)
+            if scope["method"] == "POST" and scope["path"] in GENERATING:
+                # A body asks for at least one: while there is no room for that, it need not be looked at.
+                self._service.admit(1)
         except HeadraceError as error:
             response = error_response(error, scope["path"])
             if isinstance(error, Unauthorized):
                 response.headers["www-authenticate"] = "Bearer"
-            if headers.has_body:
+            if isinstance(error, NotReady | QueueFull) and headers.length <= READ_BYTES:
+                await Request(scope, receive).body()
+            elif headers.has_body:
                 # The body stays unread: the connection cannot serve another request.
                 response.headers["connection"] = "close"
             await response(scope, receive, send)
@@ -244,6 +259,14 @@ class _Headers:
     def one(self, name: bytes) -> bytes | None:
         """The first of that name."""
         return next((value for key, value in self._pairs if key == name), None)
+
+    @property
+    def length(self) -> float:
+        """Bytes of the body; infinite where that is not told beforehand."""
+        length = self.one(b"content-length")
+        if length is not None:
+            return int(length)
+        return 0 if self.one(b"transfer-encoding") is None else math.inf
 
     @property
     def has_body(self) -> bool:
