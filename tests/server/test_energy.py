@@ -12,15 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.server.energy import (
-    WATTS_PER_CORE,
-    Energy,
-    LoadMeter,
-    NvmlMeter,
-    RaplMeter,
-    find_meters,
-    physical_cores,
-)
+from headrace.engine.energy import WATTS_PER_CORE, LoadMeter, NvmlMeter, RaplMeter, find_meters, physical_cores
+from headrace.server.energy import Energy
 from headrace.server.metrics import ServerMetrics
 
 
