@@ -9,7 +9,7 @@ BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # What `make robustness` runs, one after the other and each to its end; a script says what it measured and what that must be.
-ROBUSTNESS := mutants batch_kill batch_kill:--url invariance faults stream_equals fuzz poison grammars surface text_integrity \
+ROBUSTNESS := mutants batch_kill batch_kill:--url invariance equality statistics faults stream_equals fuzz poison grammars surface text_integrity \
 	disconnects slow_clients overload deadlines engine_kills drain
 
 # $(call say,LINE)

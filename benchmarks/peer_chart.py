@@ -9,7 +9,7 @@ from html import escape
 from benchmarks.peer_run import Row, WorkResult
 from benchmarks.peer_table import values
 
-from headrace.compare.measure import Spread
+from headrace.compare.figures import Spread
 
 WIDTH, RIGHT, LETTER = 860, 150, 7.3
 """Of the picture, of the room for figures right of the bars, and of one letter of a name, in user units."""

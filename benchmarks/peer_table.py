@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.peer_run import Row, WorkResult
 from benchmarks.peer_work import Figure
 
-from headrace.compare.measure import Spread
+from headrace.compare.figures import Spread
 
 DASH = "–"
 

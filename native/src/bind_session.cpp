@@ -32,12 +32,21 @@ nb::tuple tuple_of(const std::vector<Logprobs>& all) {
   return nb::tuple(list);
 }
 
-nb::object array_of(std::vector<float>&& values, int32_t width) {
-  auto* kept = new std::vector<float>(std::move(values));
-  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+template <class Number>
+nb::object array_of(std::vector<Number>&& values, int32_t width) {
+  auto* kept = new std::vector<Number>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<Number>*>(p); });
   const size_t columns = static_cast<size_t>(width);
   return nb::cast(
-      nb::ndarray<nb::numpy, float, nb::ndim<2>>(kept->data(), {kept->size() / columns, columns}, owner));
+      nb::ndarray<nb::numpy, Number, nb::ndim<2>>(kept->data(), {kept->size() / columns, columns}, owner));
+}
+
+// [timings][operation, rows, begin, end]
+nb::object array_of(const std::vector<Timing>& timings) {
+  std::vector<int64_t> values;
+  values.reserve(4 * timings.size());
+  for (const Timing& one : timings) values.insert(values.end(), {one.operation, one.rows, one.begin, one.end});
+  return array_of(std::move(values), 4);
 }
 
 // (tokens, accepted, logprobs, (code, message) or None, logits or None, prompt logprobs)
@@ -92,6 +101,12 @@ void bind_session(nb::module_& m) {
             return out;
           },
           "(tokens, accepted, logprobs, (code, message) or None, logits or None, prompt logprobs) for each ask.")
+      .def("profile", &Session::profile, "on"_a,
+           "From now on, or no more, runs keep when each operation began and ended.")
+      .def(
+          "take_timings", [](Session& self) { return array_of(self.take_timings()); },
+          "Rows of (operation, rows of activations, begin, end) since the last call, nanoseconds of the steady clock. "
+          "Operation -1: arrays are made; -2: tokens are sampled.")
       .def_prop_ro("seconds",
                    [](const Session& self) { return nb::make_tuple(self.prepare_s, self.forward_s, self.sample_s); })
       .def_prop_ro(

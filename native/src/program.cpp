@@ -92,8 +92,14 @@ class Run : public ThreadPool::Job {
         first_phases_(first_phases),
         operation_(begin),
         end_(end),
+        timings_(workspace.timings),
         mark_(now()) {
+    if (timings_ != nullptr) {
+      timings_->make_room(static_cast<size_t>(end - begin) + 1);
+      begun_ = Timings::Clock::now();
+    }
     for (int32_t i = begin; i < end; ++i) operations_[static_cast<size_t>(i)]->prepare(step, workspace);
+    if (timings_ != nullptr) begun_ = timings_->keep(Timings::kPrepare, step.tokens, begun_);
   }
 
   int64_t next(int32_t thread) override {
@@ -117,6 +123,7 @@ class Run : public ThreadPool::Job {
     workspace_.cycles[static_cast<size_t>(first_phases_[static_cast<size_t>(operation_)] + phase_)] += time - mark_;
     mark_ = time;
     if (++phase_ < operations_[static_cast<size_t>(operation_)]->phases(step_)) return;
+    if (timings_ != nullptr) begun_ = timings_->keep(operation_, step_.tokens, begun_);
     ++operation_;
     phase_ = 0;
   }
@@ -126,6 +133,8 @@ class Run : public ThreadPool::Job {
   const std::vector<std::unique_ptr<Operation>>& operations_;
   const std::vector<int32_t>& first_phases_;
   int32_t operation_, phase_ = -1, end_;
+  Timings* timings_;
+  Timings::Clock::time_point begun_;  // where somebody profiles: when the operation began
   uint64_t mark_;
 };
 

@@ -7,9 +7,12 @@
 //              does not depend on who computes it
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pack.h"
@@ -51,6 +54,38 @@ struct BufferSpec {
   bool head;             // rows are those whose logits are wanted, not the step's tokens
 };
 
+// An operation of one run, or what a session does around it (session.h): nanoseconds of the steady clock.
+struct Timing {
+  int32_t operation, rows;
+  int64_t begin, end;
+};
+
+// What is kept while somebody profiles.
+class Timings {
+ public:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int32_t kPrepare = -1, kSample = -2;  // in place of an operation's number
+
+  // May throw; so many calls of `keep` after it do not.
+  void make_room(size_t more) {
+    if (all_.capacity() - all_.size() < more) all_.reserve(all_.size() + std::max(more, all_.size()));
+  }
+  // From `begin` to now; -> now.
+  Clock::time_point keep(int32_t operation, int32_t rows, Clock::time_point begin) {
+    const Clock::time_point end = Clock::now();
+    all_.push_back({operation, rows, nanoseconds(begin), nanoseconds(end)});
+    return end;
+  }
+  std::vector<Timing> take() { return std::exchange(all_, {}); }
+
+ private:
+  static int64_t nanoseconds(Clock::time_point time) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+  }
+
+  std::vector<Timing> all_;
+};
+
 // One caller's memory and threads.
 class Workspace {
  public:
@@ -72,6 +107,8 @@ class Workspace {
   std::vector<std::unique_ptr<struct State>> states;
   // Cycles of each phase so far: counted from the end of the one before.
   std::vector<uint64_t> cycles;
+  // Where each operation's times go; null: nobody profiles.
+  Timings* timings = nullptr;
 
  private:
   friend class Program;

@@ -200,6 +200,12 @@ std::vector<Session::Wanted> Session::wanted() const {
   return found;
 }
 
+void Session::keep_timing(int32_t what, size_t rows, Clock::time_point began) {
+  if (workspace_->timings == nullptr) return;
+  timings_.make_room(1);
+  timings_.keep(what, static_cast<int32_t>(rows), began);
+}
+
 std::vector<Answer> Session::run() {
   const auto began = Clock::now();
   std::vector<Answer> answers(asks_.size());
@@ -217,6 +223,7 @@ std::vector<Answer> Session::run() {
   };
   const std::vector<Wanted> wants = wanted();
   prepare_s = seconds_since(began);
+  keep_timing(Timings::kPrepare, ids_.size(), began);
   sample_s = 0.0;
   const auto forward = Clock::now();
   if (step.tokens > 0) program_->run(step, *workspace_, 0, head_);
@@ -276,6 +283,7 @@ void Session::head(const std::vector<Wanted>& wanted, std::vector<Answer>& answe
       }
     }
     sample_s += seconds_since(began);
+    keep_timing(Timings::kSample, count, began);
   }
 }
 

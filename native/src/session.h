@@ -77,6 +77,9 @@ class Session {
   void cancel() { asks_.clear(); }
   // Computes what was asked since the last run; one answer an ask, in order.
   std::vector<Answer> run();
+  // From now on, or no more, runs keep when each operation began and ended.
+  void profile(bool on) { workspace_->timings = on ? &timings_ : nullptr; }
+  std::vector<Timing> take_timings() { return timings_.take(); }
 
   // Of the last run: seconds of making arrays, of the layers and the head, of sampling.
   double prepare_s = 0.0, forward_s = 0.0, sample_s = 0.0;
@@ -103,6 +106,7 @@ class Session {
   };
 
   Row& row(int32_t index);
+  void keep_timing(int32_t what, size_t rows, Timings::Clock::time_point began);
   void lay_out(std::vector<Span>& spans);
   std::vector<Wanted> wanted() const;
   void head(const std::vector<Wanted>& wanted, std::vector<Answer>& answers,
@@ -115,6 +119,7 @@ class Session {
   std::shared_ptr<KvStore> kv_;
   Limits limits_;
   int32_t head_, logits_, head_rows_;
+  Timings timings_;
   std::unique_ptr<Workspace> workspace_;
   std::vector<Row> rows_;
   std::vector<Ask> asks_;

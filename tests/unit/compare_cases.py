@@ -10,8 +10,8 @@ from headrace.backends.base import BackendOptions
 from headrace.compare.machine import Machine
 from headrace.compare.measure import batching_bound
 from headrace.compare.methods import Iteration, Outcome, RequestRun
-from headrace.compare.runner import Comparison, judge_runs
-from headrace.compare.verdict import Scored
+from headrace.compare.runner import Comparison, Wishes, judge_runs
+from headrace.compare.verdict import Epsilon, Scored
 from headrace.compare.workloads import Workload, WorkloadRequest
 from headrace.core.config import ResolvedConfig
 from headrace.core.spec import ModelSpec
@@ -20,6 +20,7 @@ from headrace.parallel.mesh import Mesh
 from headrace.weights.qtensor import QTensor
 
 MARGIN = 0.25
+EPSILON = Epsilon(0.01, 64, "two planted orders")
 REASONS = {"threads": "as set"}
 OUTPUTS = ((5, 6, 7, 8), (9, 10, 11))
 
@@ -70,12 +71,15 @@ def comparison(
     methods = {name: PlantedMethod(name) for name in runs}
     plain = tuple(f"answer {number}" for number in range(len(base.requests)))
     return Comparison(
-        methods=judge_runs(runs, scores, methods, dict.fromkeys(runs, 1.5)),
+        methods=judge_runs(runs, scores, methods, dict.fromkeys(runs, 1.5), EPSILON, Wishes()),
         failures=(),
         workload=workload(len(base.requests)),
         texts=dict.fromkeys(runs, plain) | dict(texts or {}),
         bound=batching_bound([len(output) for output in base.outputs]),
+        margins=tuple((MARGIN,) * len(output) for output in base.outputs),
+        epsilon=EPSILON,
         one_scoring=False,
+        wishes=Wishes(),
         load_s=1.5,
         repeats=len(runs["serial"]),
         peak_rss_bytes=10**9,

@@ -1,27 +1,21 @@
-"""Verdicts, statistics and reports of `headrace compare`, on planted figures and on backends computed by hand."""
+"""Verdicts, scoring and files of `headrace compare`, on planted figures and on backends computed by hand."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import random
 from dataclasses import replace
 from hashlib import sha256
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from headrace.compare.advice import advise, model_text
+from headrace.compare.advice import advice_of, model_text
 from headrace.compare.document import document
 from headrace.compare.files import ReportFile
-from headrace.compare.measure import Claim, batching_bound, judge, time_method
 from headrace.compare.questions import TEXT4
 from headrace.compare.report import page
 from headrace.compare.score import CHUNK, Known, is_reference, kl_divergence, margins, plans, reference_of, score
-from headrace.compare.table import console, show, show_written
 from headrace.compare.verdict import LOSSLESS_MEAN_KL, first_difference, percent, same_arithmetic, same_model
 from headrace.core.errors import EngineError, InvalidParameter
 from headrace.core.resolve import precision_text
@@ -33,44 +27,6 @@ NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31mred\x00 [bold]no marku
 
 def rounds(seconds: list[float], outputs=OUTPUTS, together: bool = True):
     return tuple(outcome(outputs, value, together) for value in seconds)
-
-
-class TestStatistics:
-    def test_clear_differences_are_claimed(self) -> None:
-        assert judge([3.0, 3.1, 3.0], [1.0, 1.1, 1.0]) is Claim.FASTER
-        assert judge([1.0, 1.1, 1.0], [3.0, 3.1, 3.0]) is Claim.SLOWER
-        # Every pair says faster; with three rounds the times must not overlap either, with five the pairs are enough.
-        assert judge([1.0, 2.0, 3.0], [0.9, 1.9, 2.9]) is Claim.SAME
-        assert judge([1.0, 2.0, 3.0, 4.0, 5.0], [0.9, 1.9, 2.9, 3.9, 4.9]) is Claim.FASTER
-
-    def test_one_round_against_is_enough_to_claim_nothing(self) -> None:
-        assert judge([3.0] * 9 + [1.0], [1.0] * 9 + [1.01]) is Claim.SAME
-
-    def test_equal_times_are_no_difference(self) -> None:
-        assert judge([1.0] * 5, [1.0] * 5) is Claim.SAME
-        assert judge([0.0] * 5, [0.0] * 5) is Claim.SAME
-
-    def test_few_rounds_tell_nothing(self) -> None:
-        assert judge([9.0], [1.0]) is Claim.TOO_FEW
-        assert judge([9.0, 9.0], [1.0, 1.0]) is Claim.TOO_FEW
-
-    @pytest.mark.parametrize("repeats", [3, 4, 5, 8])
-    def test_a_method_against_itself_is_called_faster_in_at_most_5_percent(self, repeats: int) -> None:
-        rng = random.Random(7)
-        trials = 4000
-        times = lambda: [rng.lognormvariate(0, 0.05) for _ in range(repeats)]  # noqa: E731
-        claims = sum(judge(times(), times()) is Claim.FASTER for _ in range(trials))
-        assert claims / trials <= 0.06
-
-    def test_figures(self) -> None:
-        base, other = rounds([4.0, 6.0, 5.0]), rounds([2.0, 2.0, 1.0])
-        timing = time_method(other, base)
-        assert timing.ratios == (2.0, 3.0, 5.0)
-        assert (timing.ratio.median, timing.ratio.low, timing.ratio.high) == (3.0, 2.0, 5.0)
-        assert timing.output_tokens_per_s == 7 / 2
-        assert time_method(base, base).claim is Claim.BASE
-        assert batching_bound([10, 10, 10, 10]) == 4
-        assert batching_bound([20, 10]) == 1.5
 
 
 class TestSameArithmetic:
@@ -210,42 +166,8 @@ class TestScore:
         said = model_text(of)
         assert f"through the {backend} backend twice" in said and f"as measured ({precision})" in said
         assert ("8 bits" in said) == (quant != "none")
-        assert f"{backend}, {precision}" in page(of)
-        assert document(of)["same_model"]["reference"] == f"{backend} float32, float32 KV cache"
-
-
-class TestAdvice:
-    def advice(self, **runs):
-        planted = comparison({name.replace("_", ":"): outcomes for name, outcomes in runs.items()})
-        return advise(planted.methods, planted.bound)
-
-    def test_the_fastest_identical_method(self) -> None:
-        slow = rounds([3.0, 3.1, 3.2])
-        found = self.advice(serial=slow, fused=rounds([1.0, 1.1, 1.0]), static_4=rounds([2.0, 2.1, 2.0]))
-        assert found.method == "fused" and "2.95 times" not in found.headline and "times as fast" in found.headline
-        assert "bound" in found.sentences[0] and "1.75" in found.sentences[0]
-        found = self.advice(serial=slow, fused=rounds([2.0, 2.1, 2.0]), static_4=rounds([1.0, 1.1, 1.0]))
-        assert found.method == "static:4"
-
-    def test_ties_go_to_fused_and_are_named(self) -> None:
-        found = self.advice(
-            serial=rounds([3.0, 3.1, 3.2]), static_4=rounds([1.0, 1.1, 1.0]), fused=rounds([1.0, 1.1, 1.01])
-        )
-        assert found.method == "fused"
-        assert any("No significant difference between fused and static:4" in line for line in found.sentences)
-
-    def test_a_faster_method_with_other_tokens_is_out(self) -> None:
-        wrong = ((5, 6, 7, 8), (9, 10, 12))
-        found = self.advice(serial=rounds([3.0, 3.1, 3.2]), fused=rounds([1.0, 1.0, 1.0], wrong))
-        assert found.method == "serial"
-        assert any("fused is out" in line and "token 3 of question 2" in line for line in found.sentences)
-
-    def test_no_difference_too_few_and_alone(self) -> None:
-        same = self.advice(serial=rounds([1.0, 1.1, 1.2]), fused=rounds([1.1, 1.0, 1.15]))
-        assert same.method == "serial" and "no significant difference" in same.sentences[0]
-        few = self.advice(serial=rounds([3.0]), fused=rounds([1.0]))
-        assert "1 round" in few.headline and "No advice" in few.sentences[0]
-        assert self.advice(serial=rounds([3.0])).method == "serial"
+        assert f"{backend}, {precision}" in page(of, advice_of(of))
+        assert document(of, advice_of(of))["same_model"]["reference"] == f"{backend} float32, float32 KV cache"
 
 
 @pytest.fixture
@@ -260,81 +182,7 @@ def planted():
     return comparison(runs, texts, kl=1e-3)
 
 
-class Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.open: list[str] = []
-        self.outside: list[str] = []
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.seen.append(tag)
-        if tag not in ("meta", "rect", "line"):
-            self.open.append(tag)
-        self.outside += [value for name, value in attrs if name in ("src", "href", "xlink:href", "onload") and value]
-
-    def handle_startendtag(self, tag, attrs) -> None:
-        self.seen.append(tag)
-
-    def handle_endtag(self, tag) -> None:
-        assert self.open.pop() == tag
-
-
-class TestReports:
-    def test_html_escapes_and_stands_alone(self, planted) -> None:
-        html = page(planted)
-        tags = Tags()
-        tags.feed(html)
-        assert tags.open == [] and tags.outside == []
-        assert tags.seen.count("svg") == 2 and "script" not in tags.seen and "b" not in tags.seen
-        assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in html
-        assert "text &lt;b&gt;0&lt;/b&gt;" in html
-        assert "\x1b" not in html and "\x00" not in html and "url(" not in html and "@import" not in html
-        assert html.count("&lt;script&gt;") == 1, "an answer that is the same is shown once"
-        assert "another &lt;/pre&gt;" in html
-        assert "3.307" in html and "208" not in html, "the study's ratios, never its seconds"
-        assert "first divergence at token 3 of question 2" in html
-
-    def test_json_has_what_was_promised(self, planted) -> None:
-        text = json.dumps(document(planted), allow_nan=False)
-        found = json.loads(text)
-        assert {"methods", "model", "workload", "config", "machine", "load_s", "repeats"} <= found.keys()
-        serial, other = found["methods"]["serial"], found["methods"]["static:2"]
-        assert serial["verdict"] == "identical" and other["verdict"] == "different"
-        assert serial["seconds"]["median"] == 3.1 and serial["seconds"]["all"] == [3.0, 3.1, 3.2]
-        assert serial["outputs"] == [list(output) for output in OUTPUTS]
-        assert serial["output_tokens_per_s"] == pytest.approx(7 / 3.1)
-        assert other["divergence"] == {"question": 1, "token": 2, "round": 0, "margin": MARGIN}
-        assert other["same_model"]["mean_kl_nats"] == pytest.approx(1e-3)
-        assert other["same_model"]["verdict"] == "lossy"
-        assert found["model"]["path"] == "/models/planted.gguf" and len(found["model"]["fingerprint"]) == 64
-        asked = found["workload"]["manifest"]["requests"]
-        assert [one["token_ids"] for one in asked] == [[1, 2, 3], [1, 2, 4]]
-        assert len(found["workload"]["sha256"]) == 64 and found["workload"]["max_tokens"] == 4
-        assert found["config"]["reasons"] == {"threads": "as set"}
-        assert found["recommendation"]["method"] == "fused"
-
-    @pytest.mark.parametrize("width", [80, 100, 120])
-    def test_terminal_text(self, planted, width: int) -> None:
-        stream = io.StringIO()
-        show(planted, console(stream, width))
-        show_written("/tmp/a [b] \x1b.html", console(stream, width))
-        text = stream.getvalue()
-        assert "\x1b" not in text and "\x00" not in text
-        assert max(map(len, text.splitlines())) <= width
-        assert "[bold]no markup[/bold]" in text
-        assert text.count("no markup") == 1 and text.count("another </pre>") == 1
-        assert text.index("question 1: title 0") < text.index("iden") < text.index("Use fused")
-        assert "Written: /tmp/a [b] \N{REPLACEMENT CHARACTER}.html" in text
-
-    def test_one_method_only(self, planted) -> None:
-        alone = replace(planted, methods=planted.methods[:1])
-        stream = io.StringIO()
-        show(alone, console(stream))
-        assert "nothing to compare" in stream.getvalue()
-        assert "measured alone" in page(alone)
-        assert list(document(alone)["methods"]) == ["serial"]
-
+class TestWorkload:
     def test_the_workload_hash_covers_prompts_and_length(self) -> None:
         hashes = {workload(2).sha256, workload(3).sha256, workload(2, max_tokens=5).sha256}
         assert len(hashes) == 3 and workload(2).sha256 in hashes

@@ -149,7 +149,7 @@ def test_a_method_that_dies_loses_its_own_row() -> None:
 
 def test_a_manifest_gives_the_workload_again() -> None:
     asked = Workload(
-        "some", (WorkloadRequest((1, 2), 3, 0.25, "t", "x"), WorkloadRequest((4,), 5)), True, True, 7, ("cut",)
+        "some", (WorkloadRequest((1, 2), 3, 0.25, "t", "x"), WorkloadRequest((4,), 5, 0.5)), True, True, 7, ("cut",)
     )
     again = from_manifest(json.loads(json.dumps(asked.manifest())))
     assert again == asked and again.sha256 == asked.sha256

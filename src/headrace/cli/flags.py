@@ -11,7 +11,13 @@ from headrace.core.config import EngineConfig
 from headrace.core.docs import field_docs
 from headrace.core.types import SamplingParams
 
-TYPES: Mapping[str, type] = {"int": int, "int | None": int, "float": float, "str": str}
+TYPES: Mapping[str, type] = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "str": str,
+    "str | None": str,
+}
 NOT_FLAGS = frozenset({"stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words_ids", "skip_special_tokens"})
 """Fields of SamplingParams that are given in a file of prompts, not on the command line."""
 

@@ -10,6 +10,12 @@ def clean(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """At most about `most` letters of it, with a word on how many are left out."""
+    left = len(text) - most
+    return text if left <= 0 else f"{text[:most].rstrip()} … ({left} more characters)"
+
+
 def shown_answers(comparison: Comparison, question: int) -> list[tuple[str, str]]:
     """(method, text): the base's answer, then each that differs from all before it."""
     shown: set[tuple[int, ...]] = set()

@@ -1,113 +1,195 @@
-"""Two figures as inline SVG: seconds per method, and when each answer came. Colours are classes of the page's style."""
+"""Figures with a row a method: seconds, ratios to the base beside the study's, latencies as strips of quantiles."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
-from headrace.compare.measure import figure
-from headrace.compare.methods import Outcome
-from headrace.compare.runner import Comparison, MethodResult
+from headrace.compare.chart_axes import (
+    LABEL,
+    LINE,
+    SMALL,
+    Axis,
+    bar,
+    diamond,
+    dot,
+    fitted,
+    from_zero,
+    horizontal,
+    line,
+    short_text,
+    svg,
+    text,
+    text_width,
+    whisker,
+)
 
-WIDTH, RIGHT = 760, 90
-"""Of a figure, and of the room right of its plot, in user units."""
-NUMBERS, LETTER = 48, 7.5
-"""Room left of the plot for the questions' numbers, and for each letter of the longest name."""
-ROW, BAR, TOP, AXIS = 40, 18, 10, 34
-REQUEST_ROW, REQUEST_BAR, GROUP_GAP = 19, 11, 16
+TOP = 6.0
+NAME_SHARE = 0.3
+"""Names wider than this part of a figure stand above their rows instead of left of them."""
+WIDE_RANGE = 30.0
+"""Largest over smallest value from which an axis has powers."""
+LEAST = 1e-4
+"""Smallest value that such an axis shows, as a part of its largest: 0 and what is below lie on its left end."""
+UNITS = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "µs", 1e6))
+"""(from so many seconds on, unit, units a second)."""
 
 
-class _Scale:
-    """Seconds to x, over the plot that begins right of the names."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One method's figure, with its range or interval."""
 
-    def __init__(self, comparison: Comparison, longest_s: float) -> None:
-        self.longest_s = max(longest_s, 1e-9)
-        self.left = NUMBERS + LETTER * max(len(result.name) for result in comparison.methods)
-
-    def __call__(self, seconds: float) -> float:
-        return self.left + seconds / self.longest_s * (WIDTH - self.left - RIGHT)
-
-    def ticks(self) -> list[float]:
-        """About five round numbers from 0 up."""
-        rough = self.longest_s / 5
-        power: float = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-        return [step * index for index in range(int(self.longest_s / step) + 1)]
+    name: str
+    median: float
+    low: float
+    high: float
+    said: str = ""
+    """A second line beside the value."""
 
 
-def seconds_chart(comparison: Comparison) -> str:
-    """A bar a method: median seconds of a round, with a whisker from the fastest round to the slowest."""
-    results = comparison.methods
-    scale = _Scale(comparison, max(result.timing.spread.high for result in results))
-    height = TOP + ROW * len(results) + AXIS
-    parts = _axis(scale, TOP + ROW * len(results))
-    for index, result in enumerate(results):
-        spread = result.timing.spread
-        middle = TOP + ROW * index + ROW / 2
-        bar_class = "base" if index == 0 else "bar"
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """One method's distribution."""
+
+    name: str
+    p5: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+    p99: float
+
+
+class Rows:
+    """Where the rows of a figure lie, their names left of the plot, or above it where they are long."""
+
+    def __init__(self, names: Sequence[str], width: float, pitch: float, right: float, top: float = TOP) -> None:
+        """`pitch`: height of a row; `right`: room right of the plot."""
+        widest = max(text_width(name, bold=True) for name in names)
+        beside = widest + 12 <= width * NAME_SHARE
+        self.start = widest + 12 if beside else 10.0
+        self.end = width - right
+        self.top = top
+        self._names = [fitted(name, width - 8, bold=True) for name in names]
+        self._lift = 0.0 if beside else LINE
+        self._pitch = pitch + self._lift
+        self.bottom = top + self._pitch * len(names)
+
+    def middle(self, index: int) -> float:
+        return self.top + self._pitch * index + self._lift + (self._pitch - self._lift) / 2
+
+    def label(self, index: int) -> str:
+        if self._lift:
+            return text(0, self.top + self._pitch * index + LABEL, self._names[index], "start", "label name flag")
+        return text(self.start - 10, self.middle(index) + 4, self._names[index], "end", "label name")
+
+
+def unit_of(largest: float) -> tuple[str, float]:
+    """(unit, units a second) for times up to `largest` seconds."""
+    if largest <= 0:
+        return "s", 1.0
+    return next((unit, factor) for least, unit, factor in UNITS if largest >= least)
+
+
+def time_text(seconds: float) -> str:
+    """In the unit that suits it alone."""
+    unit, factor = unit_of(seconds)
+    return f"{short_text(seconds * factor)} {unit}"
+
+
+def seconds_chart(measured: Sequence[Measured], width: float) -> str:
+    """A bar a method from 0 to its median, with a whisker over its range; the first is the base."""
+    unit, factor = unit_of(max(one.high for one in measured))
+    right = 16 + max(text_width(time_text(one.median), SMALL) for one in measured)
+    rows = Rows([one.name for one in measured], width, 34, right)
+    axis = from_zero([one.high * factor for one in measured], rows.start, rows.end)
+    parts = horizontal(axis, rows.top, rows.bottom, f"{'seconds' if unit == 's' else unit} of a run")
+    for index, one in enumerate(measured):
+        y = rows.middle(index)
+        low, high = axis(one.low * factor), axis(one.high * factor)
         parts += [
-            _text(scale.left - 10, middle + 4, result.name, "end"),
-            _bar(scale(0), middle - BAR / 2, scale(spread.median) - scale(0), BAR, bar_class),
-            _line(scale(spread.low), middle, scale(spread.high), middle, "whisker"),
-            _line(scale(spread.low), middle - 5, scale(spread.low), middle + 5, "whisker"),
-            _line(scale(spread.high), middle - 5, scale(spread.high), middle + 5, "whisker"),
-            _text(scale(spread.high) + 8, middle + 4, f"{figure(spread.median)} s", "start", "value"),
+            rows.label(index),
+            bar(axis(0), y - 9, axis(one.median * factor), 18, "bar" if index else "base"),
+            *(whisker(low, high, y) if one.low < one.high else ()),
+            text(high + 9, y + 4, time_text(one.median), "start", "value"),
         ]
-    return _figure(height, parts, "Seconds per round for each method, median with range")
+    told = "; ".join(f"{one.name} {time_text(one.median)}" for one in measured)
+    return svg(width, rows.bottom + 2 * LINE + 6, parts, f"Seconds of a run, median with range: {told}")
 
 
-def timeline_chart(comparison: Comparison) -> str:
-    """One round of every method, a bar a question: waiting and prompt pale, answering strong, first token marked."""
-    rounds = [(result.name, median_round(result)) for result in comparison.methods]
-    scale = _Scale(comparison, max(request.end_s for _, outcome in rounds for request in outcome.requests))
-    parts: list[str] = []
-    y: float = TOP
-    for index, (name, outcome) in enumerate(rounds):
-        parts.append(_text(scale.left - 42, y + REQUEST_ROW - 6, name, "end"))
-        for number, request in enumerate(outcome.requests, 1):
-            top = y + (REQUEST_ROW - REQUEST_BAR) / 2
-            first, end = scale(request.first_token_s), scale(request.end_s)
-            parts += [
-                _text(scale.left - 10, y + REQUEST_ROW - 6, f"Q{number}", "end", "value"),
-                _bar(scale(0), top, first - scale(0), REQUEST_BAR, "wait"),
-                _bar(first, top, end - first, REQUEST_BAR, "bar" if index else "base"),
-                _line(first, top - 2, first, top + REQUEST_BAR + 2, "first"),
-            ]
-            y += REQUEST_ROW
-        y += GROUP_GAP
-    y -= GROUP_GAP / 2
-    return _figure(y + AXIS, _axis(scale, y) + parts, "One round of each method, a bar for each question")
+def ratio_chart(measured: Sequence[Measured], published: Sequence[Sequence[float]], bound: float, width: float) -> str:
+    """How many times as fast as the base each method is, with its interval, on an logarithmic axis.
+
+    `published`: for each row, the study's ratios that are nearest to it; `bound`: drawn as a line.
+    """
+    values = [1.0, bound, *(v for one in measured for v in (one.low, one.high)), *(v for row in published for v in row)]
+    values = [value for value in values if value > 0]
+    beside = [_ratio_text(one) for one in measured]
+    right = 16 + max(text_width(told, SMALL) for told in (*beside, "study 00.00"))
+    rows = Rows([one.name for one in measured], width, 38, right, top=TOP + LINE)
+    axis = Axis(rows.start, rows.end, min(values) / 1.15, max(values) * 1.15, log=True)
+    parts = horizontal(axis, rows.top, rows.bottom, "times as fast as serial (logarithmic axis)")
+    parts.append(line(axis(1), rows.top - 4, axis(1), rows.bottom, "unity"))
+    if bound > 1:
+        x, told = axis(bound), f"batching bound {bound:.2f}"
+        side = "end" if x + 4 + text_width(told, SMALL) > width else "start"
+        parts += [
+            line(x, rows.top - 4, x, rows.bottom, "bound"),
+            text(x + (-4 if side == "end" else 4), TOP + SMALL - 2, told, side, "value"),
+        ]
+    for index, (one, theirs) in enumerate(zip(measured, published, strict=True)):
+        y = rows.middle(index)
+        parts += [
+            rows.label(index),
+            *(whisker(axis(one.low), axis(one.high), y) if one.low < one.high else ()),
+            dot(axis(one.median), y, "bar"),
+            *(diamond(axis(value), y, "study") for value in theirs),
+            text(rows.end + 12, y + (-2 if theirs else 4), beside[index], "start", "value"),
+        ]
+        if theirs:
+            told = "study " + ", ".join(f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in theirs)
+            parts.append(text(rows.end + 12, y + 13, told, "start", "value"))
+    told = "; ".join(f"{one.name} {one.median:.2f}" for one in measured)
+    return svg(width, rows.bottom + 2 * LINE + 6, parts, f"Times as fast as serial, with interval: {told}")
 
 
-def median_round(result: MethodResult) -> Outcome:
-    """The round whose time is nearest to the median."""
-    return min(result.rounds, key=lambda outcome: abs(outcome.seconds - result.timing.spread.median))
+def _ratio_text(one: Measured) -> str:
+    return f"{one.median:.2f}" + (f" ({one.low:.2f}–{one.high:.2f})" if one.low < one.high else "")
 
 
-def _axis(scale: _Scale, bottom: float) -> list[str]:
-    ticks = scale.ticks()
-    digits = max(0, -math.floor(math.log10(ticks[1]))) if len(ticks) > 1 else 1
-    parts = []
-    for tick in ticks:
-        x = scale(tick)
-        parts += [_line(x, TOP, x, bottom, "grid"), _text(x, bottom + 18, f"{tick:.{digits}f}", "middle", "value")]
-    parts.append(_text(WIDTH - RIGHT + 30, bottom + 18, "seconds", "start", "value"))
-    return parts
+def strip_chart(quantiles: Sequence[Quantiles], what: str, width: float) -> str:
+    """A row a method: 5 to 95 % pale, the middle half strong, the median a stroke, 99 % a dot. Values are seconds."""
+    largest = max(one.p99 for one in quantiles)
+    unit, factor = unit_of(largest)
+    beside = [(f"p50 {time_text(one.p50)}", f"p95 {time_text(one.p95)}") for one in quantiles]
+    right = 16 + max(text_width(told, SMALL) for lines in beside for told in lines)
+    rows = Rows([one.name for one in quantiles], width, 40, right)
+    axis, title = _latency_axis(quantiles, rows, factor)
+    parts = horizontal(axis, rows.top, rows.bottom, f"{what}, {unit}{title}")
+    for index, one in enumerate(quantiles):
+        y = rows.middle(index)
+        p5, p25, p50, p75, p95, p99 = (
+            axis(value * factor) for value in (one.p5, one.p25, one.p50, one.p75, one.p95, one.p99)
+        )
+        parts += [
+            rows.label(index),
+            # At least a stroke, where all values are nearly the same.
+            bar(p5 - 1, y - 7, p95 + 1, 14, "wait"),
+            bar(p25 - 1, y - 7, p75 + 1, 14, "bar" if index else "base"),
+            line(p50, y - 10, p50, y + 10, "first"),
+            dot(p99, y, "far", 3),
+            text(rows.end + 12, y - 2, beside[index][0], "start", "value"),
+            text(rows.end + 12, y + 13, beside[index][1], "start", "value"),
+        ]
+    told = "; ".join(f"{one.name} median {time_text(one.p50)}" for one in quantiles)
+    return svg(width, rows.bottom + 2 * LINE + 6, parts, f"{what}: {told}")
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height}" rx="2"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _figure(height: float, parts: Sequence[str], title: str) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img"><title>{escape(title)}</title>{body}</svg>'
+def _latency_axis(quantiles: Sequence[Quantiles], rows: Rows, factor: float) -> tuple[Axis, str]:
+    values = [value * factor for one in quantiles for value in (one.p5, one.p25, one.p50, one.p75, one.p95, one.p99)]
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) < WIDE_RANGE * min(positive):
+        return from_zero(values, rows.start, rows.end), ""
+    low = max(min(positive), max(positive) * LEAST)
+    below = "; left end: less" if min(values) < low else ""
+    return Axis(rows.start, rows.end, low, max(positive), log=True), f" (log{below})"

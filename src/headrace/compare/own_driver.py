@@ -80,7 +80,12 @@ class Engine:
         self._count += 1
         seed = run.seed + self._count if run.temperature > 0 else None
         sampling = SamplingParams(
-            max_tokens=asked.max_tokens, temperature=run.temperature, top_p=run.top_p, seed=seed, ignore_eos=True
+            max_tokens=asked.max_tokens,
+            temperature=run.temperature,
+            top_p=run.top_p,
+            seed=seed,
+            ignore_eos=True,
+            stop_token_ids=tuple(sorted(run.ends)),
         )
         request = self._opened.request(f"peer-{self._count}", asked.token_ids, sampling, time.monotonic())
         self._client.submit(request)

@@ -34,6 +34,8 @@ CLOSE_S = 5.0
 MAX_ANSWER = 256 * 2**20
 """Bytes of one answer of a driver."""
 _STDERR_TAIL = 4096
+_FLOAT32 = ("fp32", "float32", "f32")
+"""Names of what holds the weights of any checkpoint as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,14 @@ class Engine:
     """Whether its environment is compiled for one instruction set."""
     unrestricted: frozenset[str] = frozenset()
     """Precisions in which it cannot be kept from instructions newer than AVX2."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of its driver, that make it what its name says."""
+
+    def nearest(self, stored: str) -> str:
+        """The precision whose weights differ least from those of a checkpoint that stores them as `stored`."""
+        if stored in self.files:
+            return stored
+        return next(precision for precision in _FLOAT32 if precision in self.files)
 
 
 def _folders(kind: str, precisions: Sequence[str]) -> Mapping[str, str]:
@@ -63,6 +73,8 @@ ENGINES: Mapping[str, Engine] = {
     ),
     "ctranslate2": Engine("ctranslate2", _folders("ctranslate2", ("int8_float32", "float32"))),
     "transformers": Engine("transformers", {"fp32": "hf"}),
+    "transformers-continuous": Engine("transformers", {"fp32": "hf"}, settings={"continuous": True}),
+    "transformers-compiled": Engine("transformers", {"fp32": "hf"}, settings={"compile": True}),
     "vllm": Engine("vllm_cpu", {"fp32": "hf"}),
 }
 
@@ -93,15 +105,16 @@ class PeerSpec:
         return isa == "native" or self.ours or self.precision not in ENGINES[self.engine].unrestricted
 
 
-def parse_spec(text: str) -> PeerSpec:
-    """Raises InvalidParameter."""
+def parse_spec(text: str, stored: str = "", place: str = "engines") -> PeerSpec:
+    """`stored`: how the model's weights are stored (q4_1 …), for a row without a precision; empty: a row has to have
+    one. Raises InvalidParameter, which names `place`."""
     head, *pairs = text.split(",")
     engine, _, precision = head.partition(":")
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise InvalidParameter("engines", text, "settings as NAME=VALUE after the precision")
+            raise InvalidParameter(place, text, "settings as NAME=VALUE after the precision")
         settings[name] = _value(value)
     if engine == OURS:
         gguf = ENGINES["llama.cpp"].files
@@ -109,14 +122,16 @@ def parse_spec(text: str) -> PeerSpec:
         if file and file != "hf" and file not in gguf:
             raise InvalidParameter("file", file, f"hf, {', '.join(gguf)}")
         if not precision:
-            raise InvalidParameter("engines", text, f"{OURS}:BACKEND")
+            raise InvalidParameter(place, text, f"{OURS}:BACKEND")
         return PeerSpec(text, engine, precision, {"backend": precision, **settings}, file)
     if engine not in ENGINES:
-        raise InvalidParameter("engines", engine, f"{OURS}, {', '.join(ENGINES)}")
-    if precision not in ENGINES[engine].files:
-        allowed = ", ".join(f"{engine}:{known}" for known in ENGINES[engine].files)
-        raise InvalidParameter("engines", text, allowed)
-    return PeerSpec(text, engine, precision, settings)
+        raise InvalidParameter(place, engine, f"{OURS}, {', '.join(ENGINES)}")
+    known = ENGINES[engine]
+    if stored and ":" not in head:
+        precision = known.nearest(stored)
+    if precision not in known.files:
+        raise InvalidParameter(place, text, ", ".join(f"{engine}:{one}" for one in known.files))
+    return PeerSpec(text, engine, precision, {**known.settings, **settings})
 
 
 def _value(text: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from headrace.compare.workloads import Workload, WorkloadRequest
+from headrace.compare.workloads import Workload, WorkloadRequest, check_room
 from headrace.core.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -52,12 +52,14 @@ TEXT4 = (
 
 
 def text4(opened: OpenModel, max_tokens: int) -> Workload:
-    """The four text questions for one model, all at once. Raises RequestError if one does not fit its context."""
+    """The four text questions for one model, all at once. Raises RequestError if one, with its answer, does not fit the
+    model's context."""
     sampling = SamplingParams(max_tokens=max_tokens)
     templated = opened.tokenizer.chat_template is not None
     requests: list[WorkloadRequest] = []
     for number, question in enumerate(TEXT4, 1):
         prompt: Prompt = [{"role": "user", "content": question.text}] if templated else question.text
         token_ids = opened.request(f"question {number}", prompt, sampling).token_ids
+        check_room("workload", len(token_ids), "max_tokens", max_tokens, opened.limits.max_model_len)
         requests.append(WorkloadRequest(token_ids, max_tokens, title=question.title, text=question.text))
     return Workload("text4", tuple(requests), templated=templated)

@@ -2,158 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 
-from headrace.compare.advice import advise, claim_text, measured_text, model_text
-from headrace.compare.answers import clean, shown_answers
-from headrace.compare.charts import seconds_chart, timeline_chart
-from headrace.compare.measure import WARM_UP_TOKENS, Claim, Spread, figure, ratio_figure
-from headrace.compare.runner import Comparison, MethodResult
-from headrace.compare.verdict import SameModel, kl_figure, percent
+from headrace.compare import cells, study
+from headrace.compare.advice import Advice, claim_text, measured_text, model_text, rule_text
+from headrace.compare.answers import shortened, shown_answers
+from headrace.compare.flover.render import headline, section
+from headrace.compare.flover.results import Result
+from headrace.compare.machine import probe_machine
+from headrace.compare.markup import cell, grid, listed, name_cell, safe
+from headrace.compare.measure import WARM_UP_REQUESTS, WARM_UP_TOKENS, Claim, energy_difference
+from headrace.compare.report_figures import figures
+from headrace.compare.report_tables import details, divergences, summary
+from headrace.compare.runner import Comparison, Wishes
+from headrace.compare.traffic import printable
 from headrace.core.resolve import precision_text
+from headrace.engine.model import OpenModel
 
-STUDY: Sequence[tuple[str, str, str]] = (
-    ("static batch against one by one", "3.307", "batch"),
-    ("static batch against one by one, both with flash attention", "3.309", "batch"),
-    ("thread pool against one by one", "1.065", ""),
-    ("thread pool against one by one, both with flash attention", "1.059", ""),
-    ("flash attention on against off: one by one / batch / threads", "1.111 / 1.111 / 1.105", ""),
-    ("image + text: static batch against one by one", "1.515", ""),
-    ("image + text: thread pool against one by one", "0.762", ""),
-    ("vLLM against one by one with flash attention", "37.2", "fused"),
-)
-"""(what, published ratio, which of our methods is the nearest) of the NVLM acceleration study: NVLM-D-72B on six A100,
-the same four questions unless another set is named (slides of NYCU-HPC-Team2, Open Hackathon, December 2024)."""
+MOST_QUESTIONS = 8
+"""Whose answers are on the page; those that differ come first."""
+MOST_LETTERS = 4000
+"""Of a prompt or an answer."""
 
 
-def page(comparison: Comparison) -> str:
-    """The whole document."""
-    advice = advise(comparison.methods, comparison.bound)
-    style = files("headrace.compare").joinpath("report.css").read_text(encoding="utf-8")
+def page(comparison: Comparison, advice: Advice) -> str:
+    """The whole document. `advice`: what `advise` said of this comparison."""
     sections = (
-        _summary(comparison, advice.sentences),
-        _figures(comparison),
+        *_advice(advice),
+        *summary(comparison),
+        *_failures(comparison),
+        *figures(comparison),
+        *details(comparison),
+        *divergences(comparison),
+        *_study(comparison),
         *_questions(comparison),
-        _settings(comparison),
-        _method(comparison),
-        _study(comparison),
+        *_method(comparison),
+        *_settings(comparison),
     )
     when = comparison.measured_at[:16].replace("T", " ") + " UTC"
     title = f"{advice.headline} · {comparison.model_name}"
-    kicker = (comparison.model_name, f"{comparison.config.backend}, {precision_text(comparison.config)}", when)
+    asked = f"{comparison.workload.name}: {cells.describe_workload(comparison)}"
+    precision = f"{comparison.config.backend}, {precision_text(comparison.config)}"
+    kicker = (comparison.model_name, precision, asked, comparison.machine.cpu, when)
+    return _whole(title, kicker, advice.headline, sections)
+
+
+def flover_page(result: Result, opened: OpenModel) -> str:
+    """The whole document of an experiment of the Flover study."""
+    config, name = opened.config, printable(Path(opened.checkpoint.path.resolve().name))
+    kicker = (name, f"{config.backend}, {precision_text(config)}", probe_machine().cpu)
+    return _whole(f"{headline(result)} · {name}", kicker, headline(result), [section(result)])
+
+
+def _whole(title: str, kicker: Sequence[str], heading: str, sections: Sequence[str]) -> str:
+    """A document of these sections; `kicker`: what it is about, in a line of short pieces."""
+    style = files("headrace.compare").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<p class="kicker">headrace compare · {" · ".join(map(_safe, kicker))}</p>\n'
-        f"<h1>{_safe(advice.headline)}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
+        f"<title>{safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f'<p class="kicker">headrace compare · {" · ".join(map(safe, kicker))}</p>\n'
+        f"<h1>{safe(heading)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _safe(text: object) -> str:
-    return escape(clean(str(text)))
+def _advice(advice: Advice) -> Iterator[str]:
+    for sentence in advice.sentences:
+        if advice.command is not None and sentence.endswith(advice.command):
+            yield f"<p>{safe(sentence.removesuffix(advice.command))}</p>\n<pre>{safe(advice.command)}</pre>"
+        else:
+            yield f"<p>{safe(sentence)}</p>"
 
 
-def _cell(text: object, kind: str = "") -> str:
-    return f'<td class="{kind}">{_safe(text)}</td>'
+def _failures(comparison: Comparison) -> Iterator[str]:
+    if not comparison.failures:
+        return
+    yield "<h2>Methods that did not run</h2>"
+    rows = [
+        f"{name_cell(one.name)}{cell(cells.reason_text(one), 'text', one.description)}" for one in comparison.failures
+    ]
+    yield grid((("method", ""), ("why", "")), rows)
 
 
-def _grid(head: Sequence[tuple[str, str]], rows: Sequence[str]) -> str:
-    """A table; `head`: (heading, class)."""
-    cells = "".join(f'<th class="{kind}">{_safe(text)}</th>' for text, kind in head)
-    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
-
-
-def _summary(comparison: Comparison, sentences: Sequence[str]) -> str:
-    head = (
-        ("method", ""),
-        ("seconds", "number"),
-        ("output tokens/s", "number"),
-        ("× serial", "number"),
-        ("iterations", "number"),
-        ("same arithmetic", ""),
-        ("same model", ""),
-    )
-    rows = [_row(result) for result in comparison.methods]
-    said = "".join(f"<p>{_safe(sentence)}</p>\n" for sentence in sentences)
-    note = "Median over the rounds, and below it the range. Same model: against the checkpoint's weights in fp32."
-    return f'{said}{_grid(head, rows)}\n<p class="note">{_safe(note)}</p>'
-
-
-def _row(result: MethodResult) -> str:
-    timing = result.timing
-    quality = result.same_model
-    ratio = '<td class="number">1</td>'
-    if timing.claim is not Claim.BASE:
-        told = (
-            "" if timing.claim in (Claim.FASTER, Claim.SLOWER) else f'<small class="said">{_safe(timing.claim)}</small>'
-        )
-        ratio = _spread(timing.ratio, ratio_figure, told)
-    model = '<td class="good">lossless</td>'
-    if not quality.lossless:
-        top1 = percent(quality.top1_agreement)
-        model = f'<td class="mild">KL\N{NO-BREAK SPACE}{kl_figure(quality.mean_kl)}<small>top-1 {top1}</small></td>'
-    arithmetic = '<td class="good">identical</td>'
-    if result.divergence is not None:
-        arithmetic = f'<td class="bad">different<small>{_safe(result.divergence)}</small></td>'
-    return (
-        f'<td class="name">{_safe(result.name)}</td>{_spread(timing.spread, figure)}'
-        f"{_cell(f'{timing.output_tokens_per_s:.1f}', 'number')}{ratio}"
-        f"{_cell(len(result.rounds[0].iterations), 'number')}{arithmetic}"
-        f"{model}"
-    )
-
-
-def _spread(spread: Spread, form: Callable[[float], str], more: str = "") -> str:
-    spans = f"<small>{form(spread.low)}–{form(spread.high)}</small>" if spread.low < spread.high else ""
-    return f'<td class="number">{form(spread.median)}{spans}{more}</td>'
-
-
-def quality_text(quality: SameModel) -> str:
-    """The figures of the same-model verdict."""
-    divergence = "" if quality.divergence is None else f"; {quality.divergence}"
-    return (
-        f"mean KL {kl_figure(quality.mean_kl)}, max {kl_figure(quality.max_kl)} nats, "
-        f"top-1 {percent(quality.top1_agreement)} of {quality.positions} tokens{divergence}"
-    )
-
-
-def _figures(comparison: Comparison) -> str:
-    return (
-        f"<h2>Seconds per round</h2>\n<figure>{seconds_chart(comparison)}\n"
-        "<figcaption>All questions arrive at once; a round ends with the last answer. Bar: median. Whisker: fastest "
-        "to slowest round.</figcaption></figure>\n"
-        f"<h2>One round, answer by answer</h2>\n<figure>{timeline_chart(comparison)}\n"
-        "<figcaption>Of each method the round nearest to its median. Pale: waiting and reading the prompt. Mark: first "
-        "token. Strong: answering.</figcaption></figure>"
-    )
+def _study(comparison: Comparison) -> Iterator[str]:
+    yield "<h2>Beside the study this generalises</h2>"
+    yield f"<p>{safe(study.SOURCE)}.</p>"
+    if not study.applies(comparison):
+        yield "<p>The requests here are others than the study's: its ratios say what such methods did there.</p>"
+    rows = []
+    for published, ours in study.rows(comparison):
+        here = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ours) or "–"
+        rows.append(f"{cell(published.what)}{cell(study.ratio_text(published.ratio), 'number')}{cell(here, 'text')}")
+    bound = "batching bound: Σ lengths / longest length of the answers"
+    rows.append(f"{cell(bound)}{cell('≤ 4 (text), ≤ 6 (pictures)', 'number')}{cell(f'{comparison.bound:.2f}', 'text')}")
+    yield grid((("ratio of times", ""), ("study", "number"), ("here", "")), rows)
+    yield listed(study.CAVEATS)
 
 
 def _questions(comparison: Comparison) -> Iterator[str]:
-    yield "<h2>Questions and answers</h2>"
-    for index, question in enumerate(comparison.workload.requests):
-        yield f"<h3>{index + 1}. {_safe(question.title)}</h3>\n<blockquote>{_safe(question.text)}</blockquote>"
-        answers = shown_answers(comparison, index)
-        for name, text in answers:
-            same = [
-                result.name
-                for result in comparison.methods
-                if result.rounds[0].outputs[index] == _result(comparison, name).rounds[0].outputs[index]
-            ]
-            request = _result(comparison, name).rounds[0].requests[index]
-            ending = "ended by itself" if request.finish_reason == "stop" else "cut at the length limit"
-            caption = f"{', '.join(same)} · {len(request.token_ids)} tokens, {ending}"
-            yield f'<p class="note">{_safe(caption)}</p>\n<pre>{_safe(text)}</pre>'
+    yield "<h2>Requests and answers</h2>"
+    shown = _shown_questions(comparison)
+    results = {result.name: result for result in comparison.methods}
+    for index in shown:
+        asked = comparison.workload.requests[index]
+        title = f". {asked.title}" if asked.title else ""
+        prompt = asked.text or f"a prompt of {len(asked.token_ids)} tokens"
+        yield f"<h3>{index + 1}{safe(title)}</h3>\n<blockquote>{safe(shortened(prompt, MOST_LETTERS))}</blockquote>"
+        for name, text in shown_answers(comparison, index):
+            answer = results[name].rounds[0].requests[index]
+            same = [one.name for one in comparison.methods if one.rounds[0].outputs[index] == answer.token_ids]
+            caption = f"{', '.join(same)} · {_tokens(len(answer.token_ids))}, {cells.ending_text(answer.finish_reason)}"
+            yield f'<p class="note">{safe(caption)}</p>\n<pre>{safe(shortened(text, MOST_LETTERS))}</pre>'
+    if left := len(comparison.workload.requests) - len(shown):
+        noun = "request" if left == 1 else "requests"
+        yield f'<p class="note">{left} more {noun}, and every token id, are in the JSON report (--json).</p>'
 
 
-def _result(comparison: Comparison, name: str) -> MethodResult:
-    return next(result for result in comparison.methods if result.name == name)
+def _shown_questions(comparison: Comparison) -> list[int]:
+    count = len(comparison.workload.requests)
+    differ = {found.question for result in comparison.methods for found in cells.differing(result)}
+    return sorted(sorted(range(count), key=lambda index: (index not in differ, index))[:MOST_QUESTIONS])
 
 
-def _settings(comparison: Comparison) -> str:
+def _tokens(count: int) -> str:
+    return f"{count} {'token' if count == 1 else 'tokens'}"
+
+
+def _settings(comparison: Comparison) -> Iterator[str]:
     config = comparison.config
     names = [name for name in config.__dataclass_fields__ if name not in ("reasons", "policy")]
     reasons: Mapping[str, str] = {"prefix_cache": "off, so that every round computes everything", **config.reasons}
@@ -161,7 +138,7 @@ def _settings(comparison: Comparison) -> str:
     for name in names:
         value = getattr(config, name)
         reason = reasons.get(name, "as set, or the default").removeprefix(f"{value}: ")
-        rows.append(f"<td><code>{name}</code></td>{_cell(value)}{_cell(reason)}")
+        rows.append(f"<td><code>{name}</code></td>{cell(value)}{cell(reason, 'text')}")
     machine = comparison.machine
     libraries = ", ".join(f"{name} {found}" for name, found in machine.libraries.items())
     facts = (
@@ -173,58 +150,74 @@ def _settings(comparison: Comparison) -> str:
         ),
         ("software", f"Python {machine.python}, {libraries}"),
     )
-    told = "".join(f"<li>{name}: <code>{_safe(value)}</code></li>\n" for name, value in facts)
-    grid = _grid((("setting", ""), ("value", ""), ("why", "")), rows)
-    return f"<h2>Settings</h2>\n<ul>\n{told}</ul>\n{grid}"
+    yield "<h2>Settings</h2>"
+    yield "<ul>\n" + "".join(f"<li>{name}: <code>{safe(value)}</code></li>\n" for name, value in facts) + "</ul>"
+    yield grid((("setting", ""), ("value", ""), ("why", "")), rows)
 
 
-def _method(comparison: Comparison) -> str:
+def _method(comparison: Comparison) -> Iterator[str]:
     workload = comparison.workload
     asked = "through the model's chat template" if workload.templated else "as plain text (no chat template)"
-    claims = "; ".join(
-        f"{r.name}: {claim_text(r.timing)}" for r in comparison.methods if r.timing.claim is not Claim.BASE
-    )
+    stop = "to exactly their limit" if workload.ignore_eos else "up to their natural end or the limit"
+    others = [one for one in comparison.methods if one.timing.claim is not Claim.BASE]
+    claims = "; ".join(f"{one.name}: {claim_text(one.timing)}" for one in others)
     points = (
         measured_text(comparison),
-        f"Questions were asked {asked}, decoded greedily up to their natural end or the limit, with the same token ids "
-        f"for every method (workload {workload.name}, SHA-256 {workload.sha256}).",
+        f"Requests were asked {asked}, decoded greedily {stop}, with the same token ids for every method (workload "
+        f"{workload.name}, SHA-256 {workload.sha256}).",
+        *workload.notes,
         *(f"{result.name}: {result.description}." for result in comparison.methods),
-        f"A warm-up run of up to {min(WARM_UP_TOKENS, workload.max_tokens)} tokens an answer for each method is not "
-        "counted. Each round runs every method once, beginning with another one each time.",
-        "× serial is paired: serial's seconds divided by the method's in the same round. Faster or slower is said "
-        "only if every round says so, and so clearly that two equal methods would look like it in at most 5 % of "
-        "comparisons (five rounds by their pairs; three or four if the times do not overlap at all).",
+        f"A warm-up run of each method, of up to {WARM_UP_REQUESTS} requests with up to {WARM_UP_TOKENS} tokens each, "
+        "is not counted. Each round runs every method once, beginning with another one each time.",
+        "× serial is paired: serial's seconds over the method's in the same round. Its interval is a bootstrap "
+        f"over the rounds. {rule_text(comparison.repeats)}",
         f"What the pairs say: {claims}." if claims else "Only one method was run.",
+        "Time to first token counts from a request's arrival. Percentiles are of all requests of a round; what is "
+        "shown is the median over the rounds.",
+        *_energy(comparison),
+        *_wishes(comparison.wishes),
         "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend, "
         "precision and KV cache.",
         model_text(comparison),
-        *(f"{result.name} under the fp32 model: {quality_text(result.same_model)}." for result in comparison.methods),
-        f"Batching bound: Σ lengths / max length of serial's answers is {comparison.bound:.2f}. So much faster than "
-        "one by one can a batch of all of them be, where a step takes as long for many rows as for one (a decode bound "
-        "by memory traffic) and prompts cost nothing.",
+        *(f"{result.name} under the fp32 model: {cells.quality_text(result)}." for result in comparison.methods),
+        f"Batching bound: Σ lengths / longest length of serial's answers is {comparison.bound:.2f}. So much faster "
+        "than one by one can a batch of all of them be, where a step takes as long for many rows as for one (a decode "
+        "bound by memory traffic) and prompts cost nothing.",
     )
-    return "<h2>How it was measured</h2>\n<ul>\n" + "".join(f"<li>{_safe(point)}</li>\n" for point in points) + "</ul>"
+    yield "<h2>How it was measured</h2>"
+    yield listed(points)
 
 
-def _nearest(comparison: Comparison, nearest: str) -> str:
-    """Our methods that are most like one of the study's, with their ratios."""
-    fused = [result for result in comparison.methods if result.name == "fused"]
-    static = [result for result in comparison.methods if result.name.startswith("static:")]
-    chosen = {"batch": static or fused, "fused": fused}.get(nearest, [])
-    return ", ".join(f"{one.name} {one.timing.ratio.median:.2f}" for one in chosen) or "not measured here"
+def _energy(comparison: Comparison) -> Iterator[str]:
+    """Where the joules are from, and whether they differ."""
+    sources: dict[str, list[str]] = {}
+    for result in comparison.methods:
+        sources.setdefault(result.figures.energy_source, []).append(result.name)
+    if list(sources) == [""]:
+        yield "Energy was not measured: no meter could be read here."
+        return
+    told = "; ".join(f"{', '.join(names)}: {source or 'not measured'}" for source, names in sources.items())
+    yield f"Energy is that of the whole machine in a run, idle power included. Its source: {told}."
+    if any(cells.is_estimated(result) for result in comparison.methods):
+        yield "Estimated means power at full load times load: a model, not a reading."
+    for result in comparison.methods[1:]:
+        if found := energy_difference(comparison.base.rounds, result.rounds):
+            yield f"Energy of {result.name} against {comparison.base.name}: {found}."
 
 
-def _study(comparison: Comparison) -> str:
-    rows = []
-    for what, published, nearest in STUDY:
-        ours = _nearest(comparison, nearest)
-        rows.append(f"{_cell(what)}{_cell(published, 'number')}{_cell(ours, 'number')}")
-    head = (("ratio of times", ""), ("study", "number"), ("here", "number"))
-    return (
-        "<h2>Beside the study this generalises</h2>\n"
-        "<p>The NVLM acceleration study (Open Hackathon, December 2024) put these questions to NVLM-D-72B on six A100 "
-        "GPUs. Ratios, never seconds: model, machine and answer lengths are others.</p>\n"
-        f"{_grid(head, rows)}\n"
-        "<p class='note'>The study does not state its answers' lengths. Its vLLM row does not state model, precision "
-        "or number of GPUs either; batching four questions alone can give 4 at most.</p>"
+def _wishes(wishes: Wishes) -> Iterator[str]:
+    """What the user asked for, where it is more than the time."""
+    if wishes.objective != "time":
+        yield f"The best method was to have least {wishes.objective}."
+    slo, prices = wishes.slo, wishes.prices
+    if slo is not None and slo.asked:
+        limits = (("time to first token", slo.ttft_s), ("mean time between tokens", slo.itl_s))
+        told = " and ".join(f"{name} ≤ {limit:g} s" for name, limit in limits if limit is not None)
+        yield f"Goodput counts the requests with {told}."
+    given = (
+        ("an hour of the machine", prices.per_hour),
+        ("a kilowatt-hour", prices.per_kwh),
+        ("grams of CO₂ a kilowatt-hour", prices.gco2_per_kwh),
     )
+    if told := ", ".join(f"{name} {value:g}" for name, value in given if value is not None):
+        yield f"Costs are of the prices that were given, in their currency: {told}."

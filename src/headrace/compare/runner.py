@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 
+from headrace.compare.arrivals import Poisson, arrive
+from headrace.compare.break_even import BreakEven, break_even
+from headrace.compare.figures import Figures, Prices, Slo, figures_of
 from headrace.compare.machine import Machine, probe_machine
 from headrace.compare.measure import Timing, batching_bound, run_rounds, time_method
 from headrace.compare.methods import BASE, Method, Outcome
 from headrace.compare.methods.bench import Bench
 from headrace.compare.methods.registry import make_method
-from headrace.compare.score import Known, is_reference, loader, reference_of, score
-from headrace.compare.verdict import Divergence, SameModel, Scored, same_arithmetic, same_model
+from headrace.compare.peer_setup import PeerCache
+from headrace.compare.score import Known, is_reference, loader, measure_epsilon, reference_of, score
+from headrace.compare.verdict import (
+    Divergence,
+    Epsilon,
+    MethodVerdict,
+    RequestVerdict,
+    SameModel,
+    Scored,
+    divergences,
+    method_verdict,
+    same_arithmetic,
+    same_model,
+    worst_of_rounds,
+)
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
 from headrace.core.errors import HeadraceError
+from headrace.engine.energy import Meter
 from headrace.engine.hardware import peak_rss_bytes
 from headrace.engine.model import OpenModel
 from headrace.text.detokenize import Detokenizer
@@ -32,17 +51,26 @@ class MethodResult:
     description: str
     exact: bool
     """Whether it promises the base's own token ids."""
+    config: ResolvedConfig | None
+    """As `Method.config`."""
     rounds: tuple[Outcome, ...]
     load_s: float
     timing: Timing
+    figures: Figures
     divergence: Divergence | None
     """Verdict 1, same arithmetic: where a round's token ids first leave the base's first round; None: identical."""
+    divergences: tuple[RequestVerdict, ...]
+    """The same of each request: the worst of its rounds."""
     same_model: SameModel
     """Verdict 2: the worst of the rounds' answers."""
 
     @property
     def identical(self) -> bool:
         return self.divergence is None
+
+    @property
+    def verdict(self) -> MethodVerdict:
+        return method_verdict(self.divergences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +93,18 @@ class Comparison:
     """Method -> the answers of its first round, as text."""
     bound: float
     """Batching bound of the base's answers (`measure.batching_bound`)."""
+    margins: tuple[tuple[float, ...], ...]
+    """For every token of the base's first answers, the difference of its two largest logits there."""
+    epsilon: Epsilon
+    """Which margin counts as a tie in the base's arithmetic."""
     one_scoring: bool
     """The methods run in the reference's own arithmetic: one teacher-forced run served both sides of verdict 2."""
+    wishes: Wishes
     load_s: float
     """Of the base's model."""
     repeats: int
     peak_rss_bytes: int
-    """Of the process, up to the end of the rounds."""
+    """The highest of this process while it loaded, and of any method in a run."""
     model: str
     """Path of the file or folder."""
     model_name: str
@@ -86,6 +119,28 @@ class Comparison:
         return self.methods[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user wants of the methods, and what things cost."""
+
+    objective: str = "time"
+    """What the best method has least of: time, cost, energy or memory."""
+    slo: Slo | None = None
+    prices: Prices = field(default_factory=Prices)
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What methods from outside need."""
+
+    peers: PeerCache | None = None
+    """Where other engines are set up."""
+    api_key: str = ""
+    """For a server's Authorization header."""
+
+
+SEED = 0
+"""Of the arrivals of `find_break_even`: every method has the same."""
 Runs = Mapping[str, tuple[Outcome, ...]]
 """Method -> its rounds."""
 Progress = Callable[[str], None]
@@ -93,12 +148,22 @@ Progress = Callable[[str], None]
 
 
 def compare(
-    opened: OpenModel, workload: Workload, names: Sequence[str], repeats: int, progress: Progress
+    opened: OpenModel,
+    workload: Workload,
+    names: Sequence[str],
+    repeats: int,
+    progress: Progress,
+    wishes: Wishes | None = None,
+    outside: Outside | None = None,
+    meters: Sequence[Meter] = (),
 ) -> Comparison:
-    """Runs `names` (the base first) `repeats` times, and judges. Raises ModelError or EngineError where the base
-    fails, InvalidParameter for a name that is no method."""
+    """Runs `names` (the base first) `repeats` times, and judges. `meters`: of the machine's energy.
+
+    Raises ModelError or EngineError where the base fails, InvalidParameter for a name that is no method.
+    """
+    wishes, outside = wishes or Wishes(), outside or Outside()
     bench = Bench(opened)
-    methods = {name: make_method(name, bench) for name in names}
+    methods = {name: make_method(name, bench, outside.peers, outside.api_key) for name in names}
     failures: list[Failure] = []
 
     def fail(name: str, error: HeadraceError) -> None:
@@ -115,8 +180,11 @@ def compare(
                 loaded[name] = method.start(workload)
             except HeadraceError as error:
                 fail(name, error)
-        runs = run_rounds([methods[name] for name in loaded], workload, repeats, progress, fail)
-        peak = peak_rss_bytes()
+        after_loading = peak_rss_bytes()
+        runs = run_rounds([methods[name] for name in loaded], workload, repeats, progress, fail, meters)
+        # Each run begins with a fresh peak, where the system allows that.
+        peaks = [outcome.peak_rss_bytes or 0 for outcomes in runs.values() for outcome in outcomes]
+        peak = max(peak_rss_bytes(), after_loading, *peaks)
     finally:
         for method in methods.values():
             method.close()
@@ -127,13 +195,19 @@ def compare(
     progress("scoring the answers")
     configs = {name: methods[name].config for name in runs}
     scored = score_runs(opened, workload, runs, configs)
+    answers = list(zip(workload.prompts, runs[BASE][0].outputs, strict=True))
+    differ = any(outcome.outputs != runs[BASE][0].outputs for outcomes in runs.values() for outcome in outcomes)
+    epsilon = measure_epsilon(opened, opened.config, answers) if differ else Epsilon(0.0, 0, "no answer differs")
     return Comparison(
-        methods=judge_runs(runs, scored, methods, loaded),
+        methods=judge_runs(runs, scored, methods, loaded, epsilon, wishes),
         failures=tuple(failures),
         workload=workload,
         texts={name: tuple(_text(opened, output) for output in outcomes[0].outputs) for name, outcomes in runs.items()},
         bound=batching_bound([len(output) for output in runs[BASE][0].outputs]),
+        margins=tuple(scored[BASE, index, output].margins for index, (_, output) in enumerate(answers)),
+        epsilon=epsilon,
         one_scoring=is_reference(opened.config),
+        wishes=wishes,
         load_s=loaded[BASE],
         repeats=repeats,
         peak_rss_bytes=peak,
@@ -185,9 +259,14 @@ def score_runs(
 
 
 def judge_runs(
-    runs: Runs, scores: Scores, methods: Mapping[str, Method], loaded: Mapping[str, float]
+    runs: Runs,
+    scores: Scores,
+    methods: Mapping[str, Method],
+    loaded: Mapping[str, float],
+    epsilon: Epsilon,
+    wishes: Wishes,
 ) -> tuple[MethodResult, ...]:
-    """Both verdicts and the timing of every method."""
+    """Both verdicts, the timing and the figures of every method."""
     base = runs[BASE]
     expected = base[0].outputs
     base_margins = [scores[BASE, question, output].margins for question, output in enumerate(expected)]
@@ -203,14 +282,49 @@ def judge_runs(
                 name=name,
                 description=methods[name].description,
                 exact=methods[name].exact,
+                config=methods[name].config,
                 rounds=outcomes,
                 load_s=loaded[name],
                 timing=time_method(outcomes, base),
+                figures=figures_of(outcomes, wishes.slo, wishes.prices),
                 divergence=same_arithmetic(expected, [outcome.outputs for outcome in outcomes], base_margins),
+                divergences=worst_of_rounds(
+                    [divergences(expected, one.outputs, base_margins, epsilon.value) for one in outcomes]
+                ),
                 same_model=max(qualities, key=lambda quality: (not quality.lossless, quality.mean_kl or 0.0)),
             )
         )
     return tuple(results)
+
+
+def find_break_even(
+    opened: OpenModel,
+    workload: Workload,
+    names: tuple[str, str],
+    rates: tuple[float, float],
+    budget_s: float,
+    progress: Progress,
+    outside: Outside,
+) -> BreakEven:
+    """The arrival rate, between the two `rates` in requests a second, at which two methods change places in mean
+    latency: the workload's requests, arriving as a Poisson process. `budget_s`: about how long it may take."""
+    until_s = time.monotonic() + budget_s
+    bench = Bench(opened)
+    methods = {name: make_method(name, bench, outside.peers, outside.api_key) for name in names}
+
+    def measure(name: str, rate: float) -> float:
+        progress(f"break-even: {name} at {rate:.3g} requests/s")
+        outcome = methods[name].run(arrive(workload, Poisson.of_rate(rate), SEED))
+        return fmean(request.latency_s for request in outcome.requests)
+
+    try:
+        for method in methods.values():
+            method.start(workload)
+        return break_even(measure, names, *rates, go_on=lambda: time.monotonic() < until_s)
+    finally:
+        for method in methods.values():
+            method.close()
+        bench.close()
 
 
 def _printable(path: Path) -> str:

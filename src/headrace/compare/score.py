@@ -10,21 +10,26 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.base import Backend, BackendOptions
-from headrace.compare.verdict import Scored
-from headrace.core.config import ResolvedConfig
-from headrace.core.errors import EngineError, NonFiniteLogits
+from headrace.compare.verdict import Epsilon, Scored
+from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.core.errors import EngineError, HeadraceError, NonFiniteLogits
 from headrace.core.sizing import blocks_for
 from headrace.core.types import Admit, RowStep, SamplingParams, StepPlan
-from headrace.engine.model import OpenModel
+from headrace.engine.hardware import installed_backends
+from headrace.engine.model import OpenModel, create_backend
 
 CHUNK = 64
 """Positions computed, and held as logits, at once."""
+PROBE_ANSWERS, PROBE_TOKENS = 4, 16
+"""ε is measured on so many answers, with so many tokens of each prompt and of each answer at most: portable kernels
+take ten times as long as those for this machine."""
+PORTABLE = "portable"
 Logits = NDArray[np.float32]
 Known = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt, output) in token ids."""
@@ -78,6 +83,84 @@ def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | 
                 for parts, logits in _walk(backend, known, block_size, results):
                     parts.take_reference(logits, kl_divergence(logits, _read(spill, logits.shape)))
     return [parts.scored() for parts in results]
+
+
+def measure_epsilon(opened: OpenModel, config: ResolvedConfig, known: Sequence[Known]) -> Epsilon:
+    """ε of the arithmetic `config`, once for a model: 2 × the largest |Δ logit| between two orders of summation.
+
+    The definition asks for the reference at two batch shapes. Our backends give a row the same bits in every batch and
+    chunk, so the other order is another correct way to compute the same numbers (`other_order`), along the first of the
+    `known` answers. Where activations are rounded to 8 bits, a sum that moves by its last bit can move a whole step of
+    that rounding, and so every layer after it: ε is then as large as the rounding's own error, some logits, and most
+    divergences from an engine with other roundings are near-ties.
+    Where there is no other order here, or it does not run, ε is 0 and its source says why.
+    """
+    found = other_order(config)
+    if found is None:
+        return Epsilon(0.0, 0, f"no second order of summation here for {config.backend} {config.dtype}")
+    settings, source = found
+    if config.quant in ("int8", "int4") or (config.quant == "stored" and opened.checkpoint.is_packed):
+        source += ", activations rounded to 8 bits"
+    probe = [(prompt[-PROBE_TOKENS:], output[:PROBE_TOKENS]) for prompt, output in known if output][:PROBE_ANSWERS]
+    if not probe:
+        return Epsilon(0.0, 0, "there are no answers to measure it on")
+    longest = max(len(prompt) + len(output) for prompt, output in probe)
+    try:
+        with closing(OpenModel(replace(settings, model=str(opened.checkpoint.path)))) as other:
+            loaders = (loader(opened, config, longest), loader(other, other.config, longest))
+            largest = order_noise(probe, config.block_size, *loaders)
+    except HeadraceError as error:
+        return Epsilon(0.0, 0, f"{source}: {error}")
+    return Epsilon(2 * largest, sum(len(output) for _, output in probe), source)
+
+
+def other_order(config: ResolvedConfig) -> tuple[EngineConfig, str] | None:
+    """(settings of a backend that sums in another order with the same types, both orders in words) or None.
+
+    The kernels for AVX2 and AVX-512 sum in the same order; the portable ones do not. Plain float32 the torch backend
+    sums in a third. `model` of the settings is left empty.
+    """
+    same = EngineConfig(
+        "",
+        backend=config.backend,
+        dtype=config.dtype,
+        quant=config.quant,
+        kv_dtype=config.kv_dtype,
+        threads=config.threads,
+        block_size=config.block_size,
+        max_num_seqs=1,
+    )
+    installed = installed_backends()
+    plain = (config.dtype, config.quant, config.kv_dtype) == ("float32", "none", "float32")
+    if config.backend == "native":
+        runs = cast("Sequence[str]", create_backend("native").probe()["available"])
+        used = runs[-1] if config.instruction_set == "auto" else config.instruction_set
+        others = [name for name in runs if (name == PORTABLE) != (used == PORTABLE)]
+        if others:
+            source = f"native {used} kernels against {others[-1]} ones"
+            return replace(same, instruction_set=others[-1]), source
+    other = "torch" if config.backend == "native" else "native"
+    if plain and other in installed:
+        return replace(same, backend=other), f"the {config.backend} backend against the {other} one"
+    return None
+
+
+def order_noise(known: Sequence[Known], block_size: int, one: Load, other: Load) -> float:
+    """The largest |Δ logit| between two backends along the answers, at the positions that foretell their tokens.
+
+    Raises EngineError if a backend cannot.
+    """
+    results = [_Parts() for _ in known]
+    largest = 0.0
+    with tempfile.TemporaryFile() as spill:
+        with closing(one()) as backend:
+            for _, logits in _walk(backend, known, block_size, results):
+                spill.write(logits.tobytes())
+        spill.seek(0)
+        with closing(other()) as backend:
+            for _, logits in _walk(backend, known, block_size, results):
+                largest = max(largest, float(np.abs(logits - _read(spill, logits.shape)).max()))
+    return largest
 
 
 @dataclass(slots=True)

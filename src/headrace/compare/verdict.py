@@ -1,10 +1,11 @@
-"""The two verdicts (docs/CONTRACTS.md §4): same arithmetic, same model."""
+"""The two verdicts (docs/CONTRACTS.md §4): same arithmetic, of a method and of each of its answers, and same model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 Outputs = Sequence[Sequence[int]]
 """Token ids of every question's answer."""
@@ -86,6 +87,135 @@ def same_arithmetic(
             margin = margins[question][token] if token < len(margins[question]) else None
             return Divergence(question, token, number, margin)
     return None
+
+
+class Verdict(StrEnum):
+    """Of an answer against the reference's, and of a method: its worst answer's. The worst is last."""
+
+    IDENTICAL = "identical"
+    NEAR_TIE = "near-tie"
+    DIFFERENT = "different"
+
+
+RANKS = tuple(Verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class Epsilon:
+    """Below which margin between the two largest logits the order of summation may decide which of them is larger."""
+
+    value: float
+    """2 × the largest |Δ logit| between two orders of summation of the base's own arithmetic; 0: not measured, or the
+    orders gave the same bits: then no difference is a near-tie."""
+    positions: int
+    """At how many positions it was measured, over the whole vocabulary; 0: not measured."""
+    source: str
+    """Which two orders; where it was not measured, why not."""
+
+    def __str__(self) -> str:
+        if not self.positions:
+            return f"ε not measured ({self.source})"
+        return f"ε = {self.value:.2g} logits (2 × the largest |Δ logit| of {self.source}, {self.positions} positions)"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestVerdict:
+    """One answer against the reference's answer to the same request. Indices count from 0."""
+
+    question: int
+    token: int | None = None
+    """Where the answer first leaves the reference, an ending included; None: identical."""
+    margin: float | None = None
+    """The reference's largest logit there minus its second largest; None: identical, or the reference has ended."""
+    epsilon: float = 0.0
+    """A margin below it is a near-tie."""
+    round: int = 0
+    """Whose answer it is."""
+
+    @property
+    def kind(self) -> Verdict:
+        if self.token is None:
+            return Verdict.IDENTICAL
+        near = self.margin is not None and self.margin < self.epsilon
+        return Verdict.NEAR_TIE if near else Verdict.DIFFERENT
+
+    def __str__(self) -> str:
+        if self.token is None:
+            return str(Verdict.IDENTICAL)
+        if self.margin is None:
+            why = "the reference has ended"
+        elif not self.epsilon:
+            why = f"margin {self.margin:.2g}, ε 0"
+        else:
+            why = f"margin {self.margin:.2g} {'<' if self.kind is Verdict.NEAR_TIE else '≥'} ε {self.epsilon:.2g}"
+        return f"{self.kind} at token {self.token + 1} ({why})"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodVerdict:
+    """The worst verdict of a method's answers, with the counts of all."""
+
+    kind: Verdict
+    identical: int
+    near_ties: int
+    different: int
+    worst: RequestVerdict
+    """The earliest divergence of the worst kind; of a method without one, its first answer."""
+
+    @property
+    def answers(self) -> int:
+        return self.identical + self.near_ties + self.different
+
+    def __str__(self) -> str:
+        if self.kind is Verdict.IDENTICAL:
+            return f"identical: {self.identical} of {self.answers} answers"
+        counts = [(self.different, "different"), (self.near_ties, "near-tie"), (self.identical, "identical")]
+        told = ", ".join(f"{count} {name}" for count, name in counts if count)
+        return f"{self.kind}: of {self.answers} answers {told}; question {self.worst.question + 1}: {self.worst}"
+
+
+def divergences(
+    reference: Outputs, outputs: Outputs, margins: Sequence[Sequence[float]], epsilon: float = 0.0
+) -> tuple[RequestVerdict, ...]:
+    """The verdict on each answer.
+
+    `margins`: for every token of `reference`, the difference of its two largest logits there. `epsilon`: logits; what
+    counts as a tie (`Epsilon.value`). A near-tie says why a difference may have come about; a method that promises the
+    reference's own bits has broken its promise all the same. Raises ValueError where the three differ in length.
+    """
+    return tuple(
+        _verdict(question, expected, output, known, epsilon)
+        for question, (expected, output, known) in enumerate(zip(reference, outputs, margins, strict=True))
+    )
+
+
+def _verdict(
+    question: int, expected: Sequence[int], output: Sequence[int], margins: Sequence[float], epsilon: float
+) -> RequestVerdict:
+    token = first_difference(expected, output)
+    if token is None:
+        return RequestVerdict(question, epsilon=epsilon)
+    return RequestVerdict(question, token, margins[token] if token < len(margins) else None, epsilon)
+
+
+def worst_of_rounds(rounds: Sequence[Sequence[RequestVerdict]]) -> tuple[RequestVerdict, ...]:
+    """For each request the worst verdict of its rounds, with the number of that round (at least one round, all of the
+    same requests)."""
+    numbered = [[replace(one, round=number) for one in found] for number, found in enumerate(rounds)]
+    return tuple(min(found, key=_badness) for found in zip(*numbered, strict=True))
+
+
+def method_verdict(verdicts: Sequence[RequestVerdict]) -> MethodVerdict:
+    """What is to be said of a method with these answers (at least one)."""
+    worst = min(verdicts, key=_badness)
+    kinds = [one.kind for one in verdicts]
+    identical, near_ties, different = (kinds.count(kind) for kind in RANKS)
+    return MethodVerdict(worst.kind, identical, near_ties, different, worst)
+
+
+def _badness(verdict: RequestVerdict) -> tuple[int, int]:
+    """The smaller the worse; of two of a kind, what diverges earlier."""
+    return -RANKS.index(verdict.kind), 0 if verdict.token is None else verdict.token
 
 
 @dataclass(frozen=True, slots=True)

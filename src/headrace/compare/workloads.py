@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+from headrace.core.errors import InvalidParameter
 from headrace.core.types import SamplingParams
 
 FORMAT = "headrace-workload/1"
@@ -87,33 +90,105 @@ class Workload:
                 {
                     "token_ids": list(one.token_ids),
                     "max_tokens": one.max_tokens,
-                    "arrival_s": one.arrival_s,
+                    "arrival_s": float(one.arrival_s),
                     "title": one.title,
                     "text": one.text,
                 }
                 for one in self.requests
             ],
+            "sha256": self.sha256,
         }
 
     @cached_property
     def sha256(self) -> str:
         """Of what decides the work: token ids, lengths, arrivals, sampling and the stop rule."""
-        work = [(one.token_ids, one.max_tokens, one.arrival_s) for one in self.requests]
+        work = [(one.token_ids, one.max_tokens, float(one.arrival_s)) for one in self.requests]
         decides = {"requests": work, "temperature": 0, "ignore_eos": self.ignore_eos}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def from_manifest(manifest: Mapping[str, Any]) -> Workload:
-    """What `Workload.manifest` gave, already checked."""
-    requests = tuple(
-        WorkloadRequest(tuple(one["token_ids"]), one["max_tokens"], one["arrival_s"], one["title"], one["text"])
-        for one in manifest["requests"]
+    """The workload that `Workload.manifest` told of, checked against its hash. Raises InvalidParameter, which names the
+    field (`requests[3].max_tokens`)."""
+    _take(manifest, "", "format", FORMAT.__eq__, FORMAT)
+    _take(manifest, "", "temperature", _is_zero, "0: answers are greedy")
+    requests = _take(manifest, "", "requests", _is_list, "a list of at least one request")
+    found = Workload(
+        name=_take(manifest, "", "name", _is_text, "a string"),
+        requests=tuple(_request(one, f"requests[{index}]") for index, one in enumerate(requests)),
+        ignore_eos=_take(manifest, "", "ignore_eos", _is_flag, "true or false"),
+        templated=_take(manifest, "", "templated", _is_flag, "true or false"),
+        seed=_take(manifest, "", "seed", lambda value: value is None or type(value) is int, "an integer or null"),
+        notes=tuple(_take(manifest, "", "notes", _is_texts, "a list of strings")),
     )
-    return Workload(
-        manifest["name"],
-        requests,
-        manifest["ignore_eos"],
-        manifest["templated"],
-        manifest["seed"],
-        tuple(manifest["notes"]),
+    times = [one.arrival_s for one in found.requests]
+    for index, (before, after) in enumerate(pairwise(times), 1):
+        if after < before:
+            raise InvalidParameter(f"requests[{index}].arrival_s", after, f"{before:g} or later: in order of arrival")
+    _take(manifest, "", "sha256", found.sha256.__eq__, f"{found.sha256}, of what the requests are now")
+    return found
+
+
+def _request(value: object, where: str) -> WorkloadRequest:
+    if not isinstance(value, Mapping):
+        raise InvalidParameter(where, value, "an object")
+    where += "."
+    return WorkloadRequest(
+        token_ids=tuple(_take(value, where, "token_ids", _is_token_ids, "a list of at least one token id")),
+        max_tokens=_take(value, where, "max_tokens", lambda one: type(one) is int and one >= 1, "an integer from 1"),
+        arrival_s=float(_take(value, where, "arrival_s", _is_time, "a finite number of seconds, 0 or more")),
+        title=_take(value, where, "title", _is_text, "a string"),
+        text=_take(value, where, "text", _is_text, "a string"),
     )
+
+
+def _take(source: Mapping[str, Any], where: str, name: str, is_good: Callable[[Any], object], allowed: str) -> Any:
+    value = source.get(name)
+    if is_good(value) is not True:
+        raise InvalidParameter(where + name, value, allowed)
+    return value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_zero(value: object) -> bool:
+    return type(value) in (int, float) and value == 0
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int and one >= 0 for one in value)
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
+
+
+def check_room(prompt_field: str, count: int, answer_field: str, max_tokens: int, max_model_len: int) -> None:
+    """Whether a prompt of `count` tokens and its whole answer fit a context. Raises InvalidParameter, which names the
+    field that is at fault. An answer that the context cuts would be cut by some methods and not by others."""
+    if not 1 <= count < max_model_len:
+        allowed = f"1 to {max_model_len - 1} tokens, in a context of {max_model_len} for prompt and answer together"
+        raise InvalidParameter(prompt_field, count, allowed)
+    room = max_model_len - count
+    if not 1 <= max_tokens <= room:
+        allowed = f"1 to {room}, the room that a prompt of {count} tokens leaves in the context of {max_model_len}"
+        raise InvalidParameter(answer_field, max_tokens, allowed)
+
+
+def repeat(requests: Sequence[WorkloadRequest], count: int) -> tuple[WorkloadRequest, ...]:
+    """The first `count` of them, begun again from the first where there are fewer."""
+    return tuple(requests[index % len(requests)] for index in range(count))

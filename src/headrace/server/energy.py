@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
 from headrace.core.metrics import Histogram, HistogramState
-from headrace.engine.energy import JOULES_PER_KWH, Meter, find_meters
+from headrace.engine.energy import JOULES_PER_KWH, Meter
 from headrace.server.metric_names import REQUEST_JOULES
-
-__all__ = ["JOULES_PER_KWH", "SAMPLE_S", "Energy", "Share", "find_meters"]
 
 SAMPLE_S = 1.0
 """How often `Energy.sample` should be called."""

@@ -18,12 +18,13 @@ import uvloop
 
 from headrace.core.config import EngineConfig
 from headrace.core.errors import ConfigError
+from headrace.engine.energy import find_meters
 from headrace.engine.identity import identify_model
 from headrace.engine.model import OpenModel
 from headrace.engine.supervisor import Supervisor
 from headrace.server.app import build_app
 from headrace.server.config import ServeConfig
-from headrace.server.energy import Energy, find_meters
+from headrace.server.energy import Energy
 from headrace.server.metrics import ServerMetrics
 from headrace.server.protocol import make_protocol
 from headrace.server.service import Service

@@ -25,7 +25,8 @@ from headrace.core.errors import (
 )
 from headrace.core.metrics import EngineStats, Histogram, HistogramState
 from headrace.engine.answer import Completion
-from headrace.server.energy import JOULES_PER_KWH, Energy, Share
+from headrace.engine.energy import JOULES_PER_KWH
+from headrace.server.energy import Energy, Share
 from headrace.server.metric_names import ENERGY, OBSERVED, OWN, SHARED, TGI, TGI_FAILURES, Family
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from headrace.backends.base import BackendOptions
 from headrace.backends.native import _kernels
 from headrace.backends.native.program import Compiled, compile_model, routers
+from headrace.backends.native.ranges import named_ranges
 from headrace.backends.native.weights import COMPUTE_TYPES, Packing
+from headrace.backends.ranges import Range
 from headrace.core.errors import (
     ConfigError,
     EngineError,
@@ -200,10 +202,23 @@ class NativeBackend:
             f"{'operation':<24}{'shape':<36}{'MB':>9}  {'kernel':<{wide}}{'time':>9}",
         ]
         for line, spent in zip(loaded.compiled.lines, cycles, strict=True):
+            name = line.name if line.layer is None else f"{line.layer} {line.name}"
             lines.append(
-                f"{line.name:<24}{line.shape:<36}{line.nbytes / 1e6:>9.3f}  {line.kernel:<{wide}}{spent / total:>9.2%}"
+                f"{name:<24}{line.shape:<36}{line.nbytes / 1e6:>9.3f}  {line.kernel:<{wide}}{spent / total:>9.2%}"
             )
         return "\n".join(lines)
+
+    def profile(self, on: bool) -> None:
+        """See `backends.ranges.Profiled`."""
+        self._require().session.profile(on)
+
+    def ranged(self, name: str) -> AbstractContextManager[object]:
+        """Nobody from outside sees the kernels' ranges."""
+        return nullcontext()
+
+    def take_ranges(self) -> list[Range]:
+        loaded = self._require()
+        return named_ranges(loaded.compiled.lines, loaded.session.take_timings())
 
     def memory(self) -> Mapping[str, int]:
         loaded = self._require()

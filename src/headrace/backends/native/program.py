@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headrace.backends import ranges
 from headrace.backends.native import _kernels
 from headrace.backends.native.weights import GROUP, Tensors
 from headrace.backends.rope import rope_angles
@@ -22,13 +23,20 @@ ROUTER = "mlp.router"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """An operation, as `explain` shows it."""
+    """An operation, as `explain` and a profile show it."""
 
     name: str
     shape: str
     nbytes: int
-    """Of weights that it reads."""
+    """Of its weights."""
     kernel: str
+    layer: int | None
+    part: str
+    """What of the layer, or of the model, it belongs to: attention, mlp, head, or empty: it stands for itself."""
+    multiply_adds: int
+    """Of a row of activations with weights."""
+    read_bytes: int
+    """Of weights that every run reads; 0 where that hangs on the rows (experts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ class _Compiler:
         hidden = self._buffer("hidden", spec.hidden_size)
         table = self._tensors.weight(EMBED, spec.vocab_size, spec.hidden_size)
         program.embed(table, spec.embedding.scale, hidden)
-        self._line("embed", f"{spec.vocab_size} × {spec.hidden_size}", 0, table.codes)
+        self._line(ranges.EMBED, f"{spec.vocab_size} × {spec.hidden_size}", kernel=table.codes)
         for index, layer in enumerate(spec.layers):
             self._layer(index, layer, hidden)
         head = program.size
@@ -152,16 +160,16 @@ class _Compiler:
         q_norm = self._norm_of(index, "attn.q_norm", spec.q_norm)
         k_norm = self._norm_of(index, "attn.k_norm", spec.k_norm)
         program.rotate(rows, spec.heads, q_norm, k_norm, self._ropes.table(spec.rope), layer)
-        self._line(f"{index} rotate, store", f"{spec.heads} + {spec.kv_heads} heads of {spec.head_dim}")
+        self._line("rotate, store", f"{spec.heads} + {spec.kv_heads} heads of {spec.head_dim}", index, ranges.ATTENTION)
         window = spec.window or 0
         shape = (spec.heads, spec.kv_heads, spec.head_dim, window)
         shared = self._plans.get(shape, -1)
         number = program.attend(shared, rows, mixed, spec.heads, spec.scale, spec.softcap or 0.0, window, layer)
         self._plans.setdefault(shape, number)
-        self._line(f"{index} attend", f"{spec.heads} heads of {spec.head_dim}, {spec.kv_heads} of keys")
+        self._line("attend", f"{spec.heads} heads of {spec.head_dim}, {spec.kv_heads} of keys", index, ranges.ATTENTION)
         if quantise:
             program.quantise(mixed)
-            self._line(f"{index} quantise", f"{q_rows}")
+            self._line("quantise", f"{q_rows}", index, ranges.ATTENTION)
         return mixed
 
     def _activated(self, index: int, spec: MlpSpec, inner: list[_kernels.Linear], normed: int, quantise: bool) -> int:
@@ -196,7 +204,9 @@ class _Compiler:
         names = [name for name in self._nbytes if name.startswith(name_in_layer(index, "mlp."))]
         nbytes = sum(self._nbytes[name] for name in names)
         kinds = sorted({self._kinds[name] for name in names if name != name_in_layer(index, ROUTER)})
-        self._line(f"{index} experts", f"{chosen} of {moe.num_experts} × {width}", nbytes, ", ".join(kinds))
+        shape = f"{chosen} of {moe.num_experts} × {width}"
+        multiply_adds = hidden * (moe.num_experts + chosen * (halves + 1) * width)
+        self._line("experts", shape, index, ranges.MLP, nbytes, ", ".join(kinds), multiply_adds, read_bytes=0)
 
     def _head(self, hidden: int, table: _kernels.Weight) -> int:
         spec, program = self._spec, self._program
@@ -208,15 +218,16 @@ class _Compiler:
         normed = self._head_buffer(width, quantised=weight.quantised)
         logits = self._head_buffer(spec.vocab_size, quantised=False)
         program.gather(hidden, rows)
-        self._line("gather", f"{width}")
+        self._line("gather", f"{width}", part=ranges.HEAD)
         norm = self._make_norm(FINAL_NORM, spec.final_norm)
         program.norm(norm, rows, normed, weight.quantised)
-        self._line("final norm", f"{width}")
+        self._line("final norm", f"{width}", part=ranges.HEAD)
         program.product([linear], normed, logits)
-        self._line("head", f"{spec.vocab_size} × {width}", weight.nbytes, _weight_kind(weight))
+        shape = f"{spec.vocab_size} × {width}"
+        self._line("head", shape, None, ranges.HEAD, weight.nbytes, _weight_kind(weight), spec.vocab_size * width)
         if spec.head.scale != 1.0 or spec.head.softcap is not None:
             program.scale_rows(spec.head.scale, spec.head.softcap or 0.0, logits)
-            self._line("scale", f"{spec.vocab_size}")
+            self._line("scale", f"{spec.vocab_size}", part=ranges.HEAD)
         return logits
 
     # ------------------------------------------------------------ parts
@@ -237,7 +248,7 @@ class _Compiler:
         if norm is not None:
             self._norm(index, part, norm, x, x, False)
         self._program.add_rows(scale, x, y)
-        self._line(f"{index} add", f"{self._spec.hidden_size}")
+        self._line("add", f"{self._spec.hidden_size}", index)
 
     def _product(
         self,
@@ -255,7 +266,9 @@ class _Compiler:
     def _linear_line(self, index: int, name: str, parts: Sequence[str]) -> None:
         names = [name_in_layer(index, part) for part in parts]
         rows, columns = sum(self._shapes[one][0] for one in names), self._shapes[names[0]][1]
-        self._line(f"{index} {name}", f"{rows} × {columns}", sum(self._nbytes[one] for one in names), self._kind(names))
+        nbytes = sum(self._nbytes[one] for one in names)
+        part = ranges.ATTENTION if name.startswith("attn.") else ranges.MLP
+        self._line(name, f"{rows} × {columns}", index, part, nbytes, self._kind(names), rows * columns)
 
     def _parts(self, index: int, parts: Mapping[str, int], columns: int, bias: bool) -> list[_kernels.Linear]:
         """Layers whose outputs lie beside each other. `parts`: name -> rows."""
@@ -280,7 +293,7 @@ class _Compiler:
 
     def _norm(self, index: int, part: str, spec: NormSpec, x: int, y: int, quantise: bool) -> None:
         self._program.norm(self._make_norm(name_in_layer(index, part), spec), x, y, quantise)
-        self._line(f"{index} {part.removeprefix('norms.')} norm", f"{spec.width}")
+        self._line(f"{part.removeprefix('norms.')} norm", f"{spec.width}", index)
 
     def _norm_of(self, index: int, part: str, spec: NormSpec | None) -> _kernels.Norm | None:
         return None if spec is None else self._make_norm(name_in_layer(index, part), spec)
@@ -300,8 +313,20 @@ class _Compiler:
     def _head_buffer(self, width: int, quantised: bool) -> int:
         return self._program.buffer(width, quantised, head=True)
 
-    def _line(self, name: str, shape: str, nbytes: int = 0, kernel: str = "f32") -> None:
-        self._lines.append(Line(name, shape, nbytes, kernel))
+    def _line(
+        self,
+        name: str,
+        shape: str,
+        layer: int | None = None,
+        part: str = "",
+        nbytes: int = 0,
+        kernel: str = "f32",
+        multiply_adds: int = 0,
+        read_bytes: int | None = None,
+    ) -> None:
+        """`read_bytes`: None: all of its weights."""
+        read = nbytes if read_bytes is None else read_bytes
+        self._lines.append(Line(name, shape, nbytes, kernel, layer, part, multiply_adds, read))
 
 
 def _any_codes(layers: Sequence[_kernels.Linear]) -> bool:

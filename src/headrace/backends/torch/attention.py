@@ -21,7 +21,7 @@ from headrace.backends.torch.kvstore import KVStore
 from headrace.core.spec import AttentionSpec
 
 TILE = 64
-"""Most queries of a span in one call."""
+"""Most queries of a span in one call, unless another number is asked for."""
 MAX_KEYS = 32768
 """Most keys, all rows together, in one call: bounds the copies of K and V."""
 
@@ -49,15 +49,29 @@ class Meeting:
     """(T, heads, head dim) What comes out: written by one layer after another, zero for the rows of padding."""
 
 
-def meeting(batch: Batch, like: AttentionSpec, windows: Sequence[int | None], store: KVStore, mixed: Tensor) -> Meeting:
-    """`like`: one of the layers; `windows`: those that occur among them; `mixed`: zeros."""
+def meeting(
+    batch: Batch,
+    like: AttentionSpec,
+    windows: Sequence[int | None],
+    store: KVStore,
+    mixed: Tensor,
+    query_tile: int | None = TILE,
+) -> Meeting:
+    """`like`: one of the layers; `windows`: those that occur among them; `mixed`: zeros; `query_tile`: most queries of
+    a span in one call, None: all of them, with the whole matrix of their scores."""
     places = store.places(torch.from_numpy(batch.slots), like.kv_heads)
-    return Meeting(tiles(batch, like, windows, store), places, mixed)
+    return Meeting(tiles(batch, like, windows, store, query_tile), places, mixed)
 
 
-def tiles(batch: Batch, attention: AttentionSpec, windows: Sequence[int | None], store: KVStore) -> list[Tile]:
+def tiles(
+    batch: Batch,
+    attention: AttentionSpec,
+    windows: Sequence[int | None],
+    store: KVStore,
+    query_tile: int | None = TILE,
+) -> list[Tile]:
     """All queries of a step. `windows`: those that occur among the layers."""
-    groups = [*_single_groups(batch, store.block_size), *_span_tiles(batch)]
+    groups = [*_single_groups(batch, store.block_size), *_span_tiles(batch, query_tile)]
     return [_tile(batch, spans, first, count, attention, windows, store) for spans, first, count in groups]
 
 
@@ -88,11 +102,12 @@ def _single_groups(batch: Batch, block_size: int) -> Iterator[tuple[IntArray, in
         singles = singles[:-size]
 
 
-def _span_tiles(batch: Batch) -> Iterator[tuple[IntArray, int, int]]:
+def _span_tiles(batch: Batch, query_tile: int | None) -> Iterator[tuple[IntArray, int, int]]:
     for span in np.flatnonzero(batch.lengths > 1):
         length = int(batch.lengths[span])
-        for first in range(0, length, TILE):
-            yield np.array([span]), first, min(TILE, length - first)
+        most = query_tile or length
+        for first in range(0, length, most):
+            yield np.array([span]), first, min(most, length - first)
 
 
 def _padded(length: int, block_size: int) -> int:

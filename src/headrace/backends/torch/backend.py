@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from headrace.backends.base import BackendOptions
+from headrace.backends.ranges import GATHER, HEAD, SAMPLE, Range
 from headrace.backends.rows import Batch, RequestTable
 from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample, score
 from headrace.backends.torch import ops
+from headrace.backends.torch.attention import TILE
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.model import Decoder, States
+from headrace.backends.torch.ranges import Ranges
 from headrace.core.errors import ConfigError, EngineError, NonFiniteLogits, OutOfMemory, UnsupportedModel, shorten
 from headrace.core.spec import ModelSpec
 from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
@@ -45,7 +48,12 @@ class Loaded:
         self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple)
         shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
         self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
+        self.ranges: Ranges | None = None
+        """While somebody profiles."""
         self.forget_rows()
+
+    def ranged(self, name: str) -> AbstractContextManager[object]:
+        return nullcontext() if self.ranges is None else self.ranges(name)
 
     def forget_rows(self) -> None:
         options, vocab_size = self.options, self.decoder.spec.vocab_size
@@ -59,10 +67,14 @@ class TorchBackend:
     name = "torch"
     depth = 1
 
-    def __init__(self) -> None:
+    def __init__(self, query_tile: int | None = TILE) -> None:
+        self.query_tile = query_tile
+        """Most queries of a span that attention meets in one call; None: all, with the whole matrix of their scores,
+        which is for comparisons. May be changed between two plans."""
         self._loaded: Loaded | None = None
         self._closed = False
         self._result: StepResult | None = None
+        self._kept: list[Range] = []
 
     def load(
         self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions, mesh: Mesh
@@ -93,10 +105,11 @@ class TorchBackend:
         began = time.perf_counter()
         seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0}
         table, store = loaded.table, loaded.store
-        table.apply(plan)
-        if len(fresh := table.fresh_blocks(plan)):
-            store.zero_blocks(torch.from_numpy(fresh))
-        store.copy_blocks(plan.copies)
+        with loaded.ranged(GATHER):
+            table.apply(plan)
+            if len(fresh := table.fresh_blocks(plan)):
+                store.zero_blocks(torch.from_numpy(fresh))
+            store.copy_blocks(plan.copies)
         seconds["prepare"] += time.perf_counter() - began
         rows = self._run(loaded, plan.rows, seconds) if plan.rows else []
         self._result = StepResult(plan.step, tuple(rows), seconds)
@@ -132,6 +145,26 @@ class TorchBackend:
             "so a row's bits depend neither on its company nor on its chunks."
         )
 
+    def profile(self, on: bool) -> None:
+        """See `backends.ranges.Profiled`: torch's own profiler runs, with every operator."""
+        loaded = self._require()
+        if on and loaded.ranges is None:
+            loaded.ranges = Ranges()
+            loaded.decoder.name_ranges(loaded.ranges)
+        elif not on and loaded.ranges is not None:
+            loaded.decoder.name_ranges(None)
+            self._kept += loaded.ranges.end()
+            loaded.ranges = None
+
+    def ranged(self, name: str) -> AbstractContextManager[object]:
+        ranges = self._require().ranges
+        return nullcontext() if ranges is None else ranges.shown(name)
+
+    def take_ranges(self) -> list[Range]:
+        self._require()
+        kept, self._kept = self._kept, []
+        return kept
+
     def memory(self) -> Mapping[str, int]:
         """Bytes; the workspace is the largest step's logits, the one large array beside weights and KV."""
         loaded = self._require()
@@ -143,6 +176,9 @@ class TorchBackend:
         }
 
     def close(self) -> None:
+        if self._loaded is not None:
+            self.profile(False)
+        self._kept = []
         self._closed = True
         self._loaded = None
         self._result = None
@@ -156,10 +192,12 @@ class TorchBackend:
         """All rows in one forward. If that fails, halves, until the row at fault is alone (law 6)."""
         began = time.perf_counter()
         try:
-            batch = loaded.table.batch(steps)
+            with loaded.ranged(GATHER):
+                batch = loaded.table.batch(steps)
             prepared = time.perf_counter()
-            states = loaded.decoder.states(batch, loaded.store)
-            logits_PV: F32 = loaded.decoder.logits(states, batch.logit_positions).numpy()
+            states = loaded.decoder.states(batch, loaded.store, self.query_tile)
+            with loaded.ranged(HEAD):
+                logits_PV: F32 = loaded.decoder.logits(states, batch.logit_positions).numpy()
             scores = [_scores(loaded, step, int(batch.starts[i]), states) for i, step in enumerate(steps)]
         except Exception as error:  # the row at fault gets it as data
             if len(steps) == 1 and steps[0].drafts:
@@ -169,7 +207,8 @@ class TorchBackend:
             half = len(steps) // 2
             return self._run(loaded, steps[:half], seconds) + self._run(loaded, steps[half:], seconds)
         computed = time.perf_counter()
-        outs = _sample(loaded, steps, batch, logits_PV)
+        with loaded.ranged(SAMPLE):
+            outs = _sample(loaded, steps, batch, logits_PV)
         outs = [_with_scores(out, mine) for out, mine in zip(outs, scores, strict=True)]
         seconds["prepare"] += prepared - began
         seconds["forward"] += computed - prepared

@@ -38,6 +38,10 @@ class Step:
     """Of the tokens; None: no token has one."""
 
 
+Layer = Callable[[Tensor, Step], Tensor]
+"""From the hidden states before it to those after it."""
+
+
 class Mlp(Protocol):
     def __call__(self, x_TH: Tensor, count: int, adapters: RowAdapters | None) -> Tensor:
         """`count`: how many rows are tokens; what the others give is not used. `adapters`: of these rows."""

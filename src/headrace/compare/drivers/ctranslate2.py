@@ -20,6 +20,7 @@ class Engine:
         self.generator = ctranslate2.Generator(
             str(folder), compute_type=task["precision"], inter_threads=1, intra_threads=int(task["threads"])
         )
+        self.max_requests = int(task["max_requests"])
         self.tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "headrace-peer.json").read_text(encoding="utf-8"))
         return {
@@ -31,23 +32,24 @@ class Engine:
 
     def run(self, run: Any) -> None:
         while run.waiting:
-            self._generate(run.wait(), run)
+            self._generate(run.wait(self.max_requests), run)
 
     def _generate(self, batch: list[Any], run: Any) -> None:
-        length = max(asked.max_tokens for asked in batch)
         options: dict[str, Any] = {"sampling_topk": 1}
         if run.temperature > 0:
             self.lib.set_random_seed(run.seed)
             options = {"sampling_topk": 0, "sampling_topp": run.top_p, "sampling_temperature": run.temperature}
 
         def take(step: Any) -> bool:
-            run.take(batch[step.batch_id], [step.token_id])
-            return False
+            """Whether this answer has ended."""
+            asked = batch[step.batch_id]
+            run.take(asked, [step.token_id])
+            return bool(asked.done)
 
         self.generator.generate_batch(
             [[self.tokens[token] for token in asked.token_ids] for asked in batch],
-            max_length=length,
-            min_length=length,
+            max_length=max(asked.max_tokens for asked in batch),
+            end_token=sorted(run.ends),
             include_prompt_in_result=False,
             callback=take,
             **options,

@@ -1,7 +1,8 @@
 """Driver for onnxruntime-genai's Engine with static batches, all it has on a CPU (its paged attention needs a GPU).
 
 Reads a folder that its model builder made. Its Generator would do for one row, but it mistakes the padding of rows of
-different lengths for text. Static batches take no seed: sampled answers differ from run to run.
+different lengths for text. Static batches take no seed: sampled answers differ from run to run. It keeps the token
+that ends an answer to itself, so answers are ended here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Engine:
         folder = Path(task["model"])
         options = {"intra_op_num_threads": int(task["threads"]), **task.get("settings", {})}
         config = onnxruntime_genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        vocab_size = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
+        # One id has to end answers: the last one, which is masked as long as an answer is to go on.
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}, "eos_token_id": vocab_size - 1}}))
         config.overlay(json.dumps({"engine": {"static_batching": {"max_batch_size": int(task["max_requests"])}}}))
         self.engine = onnxruntime_genai.Engine(onnxruntime_genai.Model(config))
         self.events = self.engine.create_event_buffer(MAX_EVENTS)

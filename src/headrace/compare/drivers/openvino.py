@@ -64,7 +64,8 @@ class Engine:
 
         config = self.lib.GenerationConfig()
         config.max_new_tokens = asked.max_tokens
-        config.ignore_eos = True
+        config.ignore_eos = not run.ends
+        config.stop_token_ids = set(run.ends)
         config.do_sample = run.temperature > 0
         if config.do_sample:
             config.temperature, config.top_p, config.rng_seed = run.temperature, run.top_p, run.seed + number

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import resource
@@ -30,20 +31,24 @@ class Asked:
     token_ids: list[int]
     max_tokens: int
     at_s: float
+    ends: frozenset[int] = frozenset()
+    """Ids after which its answer ends."""
     output: list[int] = field(default_factory=list)
-    first_s: float | None = None
-    last_s: float | None = None
+    token_s: list[float] = field(default_factory=list)
+    """When each token of the output was in our hands."""
 
     @property
     def done(self) -> bool:
-        return len(self.output) >= self.max_tokens
+        return len(self.output) >= self.max_tokens or (bool(self.output) and self.output[-1] in self.ends)
 
 
 class Run:
     """One run: gives each request to the engine when it is due, takes the tokens as they come out."""
 
-    def __init__(self, requests: list[Asked], sampling: dict[str, Any]) -> None:
+    def __init__(self, requests: list[Asked], sampling: dict[str, Any], ends: frozenset[int] = frozenset()) -> None:
         self.requests = requests
+        self.ends = ends
+        """Ids after which an answer ends; none where end-of-sequence is ignored."""
         self.temperature = float(sampling.get("temperature", 0.0))
         self.top_p = float(sampling.get("top_p", 1.0))
         self.seed = int(sampling.get("seed", 0))
@@ -55,51 +60,70 @@ class Run:
         """Whether some requests were not handed out yet."""
         return bool(self._waiting)
 
+    @property
+    def next_s(self) -> float:
+        """Seconds until the next request arrives; infinite where none is left."""
+        return max(0.0, self._waiting[0].at_s - self.now()) if self._waiting else math.inf
+
     def now(self) -> float:
         return time.perf_counter() - self._began
 
-    def arrived(self) -> list[Asked]:
-        """Requests whose time has come; each is handed out once."""
+    def arrived(self, most: int | None = None) -> list[Asked]:
+        """Requests whose time has come, up to `most`, in the order of arrival; each is handed out once."""
         now = self.now()
         count = sum(asked.at_s <= now for asked in self._waiting)
+        count = count if most is None else min(count, most)
         due, self._waiting = self._waiting[:count], self._waiting[count:]
         return due
 
-    def wait(self) -> list[Asked]:
+    def wait(self, most: int | None = None) -> list[Asked]:
         """Like `arrived`, but sleeps until there is one, if any is left."""
         while self._waiting:
-            if due := self.arrived():
+            if due := self.arrived(most):
                 return due
-            time.sleep(max(0.0, self._waiting[0].at_s - self.now()))
+            time.sleep(self.next_s)
         return []
 
     def take(self, asked: Asked, tokens: Iterable[int]) -> None:
-        """Tokens of one request that have just come out; those past its `max_tokens` are dropped."""
+        """Tokens of one request that have just come out; those past its end are dropped."""
         now = self.now()
-        before = len(asked.output)
-        asked.output += [int(token) for token in tokens][: asked.max_tokens - before]
-        if len(asked.output) > before:
-            asked.first_s = now if asked.first_s is None else asked.first_s
-            asked.last_s = now
+        for token in tokens:
+            if asked.done:
+                return
+            asked.output.append(int(token))
+            asked.token_s.append(now)
 
     def report(self) -> dict[str, Any]:
         """Raises RuntimeError if a request has not all its tokens."""
         for asked in self.requests:
             if not asked.done:
                 raise RuntimeError(f"request {asked.id}: {len(asked.output)} of {asked.max_tokens} tokens came out")
-        answers = [{"id": a.id, "token_ids": a.output, "first_s": a.first_s, "last_s": a.last_s} for a in self.requests]
-        return {"requests": answers, "makespan_s": max(a.last_s or 0.0 for a in self.requests)}
+        answers = [
+            {"id": a.id, "token_ids": a.output, "token_s": a.token_s, "first_s": a.token_s[0], "last_s": a.token_s[-1]}
+            for a in self.requests
+        ]
+        return {"requests": answers, "makespan_s": max(a.token_s[-1] for a in self.requests)}
 
 
 def parse_run(task: dict[str, Any]) -> Run:
     """Raises KeyError, TypeError or ValueError for a task that is none."""
+    ignore_eos, ends = task.get("ignore_eos", True), frozenset(int(t) for t in task.get("eos_token_ids", ()))
+    if ignore_eos not in (True, False) or not (ignore_eos or ends):
+        raise ValueError("ignore_eos: true, or false with eos_token_ids")
+    ends = frozenset() if ignore_eos else ends
     requests = [
-        Asked(str(one["id"]), [int(t) for t in one["token_ids"]], int(one["max_tokens"]), float(one.get("at_s", 0.0)))
+        Asked(
+            id=str(one["id"]),
+            token_ids=[int(t) for t in one["token_ids"]],
+            max_tokens=int(one["max_tokens"]),
+            at_s=float(one.get("at_s", 0.0)),
+            ends=ends,
+        )
         for one in task["requests"]
     ]
     if not requests or any(not asked.token_ids or asked.max_tokens < 1 for asked in requests):
         raise ValueError("requests: at least one, each with token_ids and max_tokens of at least 1")
-    return Run(requests, task.get("sampling", {}))
+    return Run(requests, task.get("sampling", {}), ends)
 
 
 def run_once(engine: Any, task: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=asked.max_tokens,
             ignore_eos=True,
+            stop_token_ids=sorted(run.ends),
             temperature=run.temperature,
             top_p=run.top_p if run.temperature > 0 else 1.0,
             seed=run.seed + int(number) if run.temperature > 0 else None,

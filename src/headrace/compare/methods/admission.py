@@ -10,10 +10,10 @@ from headrace.compare.methods import Iteration, Outcome, RequestRun
 from headrace.compare.methods.bench import Bench
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
-from headrace.core.errors import EngineError
+from headrace.core.errors import ConfigError, EngineError
 from headrace.core.types import ErrorEvent, Event, FinishEvent, Request, TokenEvent
 from headrace.engine.core import EngineCore
-from headrace.sched.policy import parse_policy
+from headrace.sched.policy import StaticBatch, parse_policy
 
 DESCRIPTIONS: Mapping[str, str] = {
     "serial": "one request at a time",
@@ -39,13 +39,18 @@ class AdmissionMethod:
         self._bench = bench
 
     def start(self, workload: Workload) -> float:
-        _ = self._bench.core
+        """Raises ConfigError where the engine has not so many rows."""
+        _, capacity = self._bench.backend
+        if isinstance(self._policy, StaticBatch) and self._policy.size > capacity.max_rows:
+            raise ConfigError(
+                f"{self.name}: batches of {self._policy.size}, allowed: up to max_num_seqs, {capacity.max_rows}"
+            )
         return self._bench.load_s
 
     def run(self, workload: Workload) -> Outcome:
         core = self._bench.core
         core.use_policy(self._policy)
-        return play(core, workload, self.name, self._bench.clock)
+        return play(core, workload, self.name, self._bench.clock, self._bench.sleep)
 
     def close(self) -> None:
         """Nothing is the method's own."""

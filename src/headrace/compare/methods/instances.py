@@ -1,0 +1,165 @@
+"""A model instance a request: engine processes with a copy of the weights each, fed from one queue."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from headrace.compare.methods import Outcome
+from headrace.compare.methods.bench import Bench, kv_bytes, same_settings
+from headrace.compare.methods.rows import Answer, open_answers, tokens_kept
+from headrace.compare.workloads import Workload
+from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.core.errors import BackendUnavailable, EngineError, OutOfMemory
+from headrace.core.sizing import blocks_for
+from headrace.core.types import ErrorEvent, TokenEvent
+from headrace.engine.hardware import probe_hardware
+
+if TYPE_CHECKING:
+    from headrace.compare.methods.engine_process import Instance
+
+MOST = 32
+"""Processes; the study's largest number of instances."""
+FREE_SHARE = 0.9
+"""Of the memory that is free once the first instance is there, what the others may take."""
+
+
+class InstancesMethod:
+    """Processes that are started before the timing. Each has all threads and answers one request at a time."""
+
+    exact = True
+
+    def __init__(self, name: str, instances: int | None, bench: Bench) -> None:
+        """`instances`: None: one a request, at most `MOST`."""
+        self.name = name
+        self.config: ResolvedConfig | None = bench.opened.config
+        self._bench = bench
+        self._asked = instances
+        self._instances: list[Instance] = []
+        self.description = self._describe(
+            "one process a request" if instances is None else f"{instances} processes", ""
+        )
+
+    def start(self, workload: Workload) -> float:
+        """Starts one process after the other. Raises OutOfMemory where not even one fits, EngineError where one cannot
+        start, BackendUnavailable where a package is missing."""
+        opened = self._bench.opened
+        wanted = self._asked or len(workload.requests)
+        count, cap = (MOST, f"; {wanted} were wanted, {MOST} is the most") if wanted > MOST else (wanted, "")
+        blocks = blocks_for(tokens_kept(opened, workload), opened.config.block_size)
+        self._check_memory(kv_bytes(opened, blocks))
+        settings = same_settings(opened, 1, blocks_for(opened.config.max_model_len, opened.config.block_size))
+        began = time.monotonic()
+        try:
+            self._add(settings)
+            each = self._instances[0].rss_bytes + kv_bytes(opened, blocks)
+            free = probe_hardware().free_memory_bytes
+            if (fitting := 1 + int(free * FREE_SHARE) // each) < count:
+                cap = f"; {wanted} were wanted, one takes {each / 1e6:.0f} MB and {free / 1e6:.0f} MB were free"
+            for _ in range(min(count, fitting) - 1):
+                self._add(settings)
+        except BaseException:
+            self.close()
+            raise
+        count = len(self._instances)
+        self.description = self._describe(f"{count} process{'es' if count > 1 else ''}", cap)
+        return time.monotonic() - began
+
+    def run(self, workload: Workload) -> Outcome:
+        """Ends every process if a request fails, or one of them ends."""
+        if not self._instances:
+            raise EngineError(f"{self.name}: its processes have ended")
+        try:
+            return self._run(open_answers(self._bench.opened, workload, self.name))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        instances, self._instances = self._instances, []
+        for instance in instances:
+            instance.kill()
+        for instance in instances:
+            instance.close()
+
+    def _run(self, answers: Sequence[Answer]) -> Outcome:
+        instances = self._instances
+        waiting = deque(answers)
+        idle = deque(instances)
+        live: dict[str, Answer] = {}
+        for instance in instances:
+            instance.forget_peak()
+        cpu_s = _cpu_s(instances)
+        with selectors.DefaultSelector() as selector:
+            for instance in instances:
+                selector.register(instance.socket, selectors.EVENT_READ, instance)
+            began_s = time.monotonic()
+            while waiting or live:
+                while waiting and idle and waiting[0].arrival_s <= time.monotonic() - began_s:
+                    answer = waiting.popleft()
+                    live[answer.request.id] = answer
+                    idle.popleft().submit(answer.request)
+                timeout_s = None
+                if waiting and idle:
+                    timeout_s = max(0.0, began_s + waiting[0].arrival_s - time.monotonic())
+                for key, _ in selector.select(timeout_s):
+                    idle += [key.data] * _take(key.data, live, began_s)
+        requests = tuple(answer.run() for answer in answers)
+        return Outcome(
+            requests=requests,
+            seconds=max(one.end_s for one in requests),
+            # Alone in its engine, a request is never preempted: every token but the last is computed, and once.
+            computed_tokens=sum(len(answer.known) - 1 for answer in answers),
+            cpu_s=_cpu_s(instances) - cpu_s,
+            peak_rss_bytes=sum(instance.peak_rss_bytes for instance in instances),
+        )
+
+    def _add(self, settings: EngineConfig) -> None:
+        try:
+            from headrace.compare.methods.engine_process import Instance
+        except ModuleNotFoundError as error:
+            if error.name != "msgspec":
+                raise
+            raise BackendUnavailable(f"{self.name} needs the msgspec package: pip install 'headrace[serve]'") from error
+        number = len(self._instances) + 1
+        instance = Instance(f"{self.name}: instance {number}", settings, self._bench.opened.eos_token_ids)
+        self._instances.append(instance)
+        instance.wait_ready()
+
+    def _check_memory(self, cache_bytes: int) -> None:
+        """The system would end the whole comparison where it runs out of memory."""
+        backend, _ = self._bench.backend
+        needed, free = backend.memory()["weights"] + cache_bytes, probe_hardware().free_memory_bytes
+        if needed > free:
+            raise OutOfMemory(
+                f"{self.name}: another copy of the model takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+            )
+
+    def _describe(self, count: str, cap: str) -> str:
+        return f"{count}, each with its own copy of the model and one request at a time, first come first served{cap}"
+
+
+def _take(instance: Instance, live: dict[str, Answer], began_s: float) -> int:
+    """What a process has sent; returns how many requests ended with it."""
+    events = instance.events()
+    elapsed_s = time.monotonic() - began_s
+    ended = 0
+    for event in events:
+        if isinstance(event, ErrorEvent):
+            raise EngineError(f"{event.request_id} failed ({event.code}): {event.message}")
+        if isinstance(event, TokenEvent):
+            for token_id in event.token_ids:
+                live[event.request_id].take(token_id, elapsed_s)
+        else:
+            answer = live.pop(event.request_id)
+            assert answer.reason == event.reason
+            ended += 1
+    return ended
+
+
+def _cpu_s(instances: Sequence[Instance]) -> float:
+    """Processor time of the processes and of this one, which feeds them."""
+    return time.process_time() + sum(instance.cpu_s for instance in instances)
