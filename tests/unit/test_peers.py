@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from headrace.compare.peers import (
 )
 from headrace.core.errors import ConfigError, EngineError, InvalidParameter
 from tests.unit.peer_cases import FAKE, LOAD, alive, task
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -112,6 +115,25 @@ def test_a_driver_that_hangs_is_ended(peer: PeerProcess) -> None:
         peer.ask(task([99]), 0.5)
     assert time.monotonic() - began < 5
     assert not alive(peer.pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_a_parent_that_is_killed_takes_a_busy_driver_with_it(fake_script: Path) -> None:
+    code = (
+        "import os, sys; from headrace.compare.peers import PeerProcess; from tests.unit.peer_cases import LOAD, task\n"
+        "peer = PeerProcess('fake', [sys.executable, '-I', sys.argv[1]], os.environ); peer.ask(LOAD, 20)\n"
+        "print(peer.pid, flush=True); peer.ask(task([99]), 60)"
+    )
+    command = [sys.executable, "-c", code, str(fake_script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPO) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        time.sleep(0.5)  # it has its task then
+        parent.kill()
+    until_s = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < until_s:
+        time.sleep(0.02)
+    assert not alive(pid)
 
 
 def run_code(code: str) -> PeerProcess:

@@ -5,12 +5,14 @@ A driver runs this file by its path (it stands in no import path there) and call
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
 import os
 import re
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+PR_SET_PDEATHSIG = 1
 MAX_ERROR = 500
 """Characters of an error that go back."""
 
@@ -150,6 +153,7 @@ def answer(engine: Any, task: dict[str, Any]) -> dict[str, Any]:
 
 def serve(engine: Any) -> None:
     """Answers tasks until `close` or the end of the input. What libraries print goes to stderr, native code's too."""
+    end_with_parent()
     out = own_stdout()
     for line in sys.stdin:
         op = None
@@ -167,6 +171,12 @@ def serve(engine: Any) -> None:
             break
     # Some engines hang or crash when the interpreter takes them down; everything has been said.
     os._exit(0)
+
+
+def end_with_parent() -> None:
+    """A parent that is killed closes our input, which a run in progress would only see at its end (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def own_stdout() -> TextIO:
