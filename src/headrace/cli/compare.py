@@ -45,6 +45,7 @@ class Setup(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from headrace.compare.figures import Prices, Slo
     from headrace.compare.methods.registry import known
     from headrace.compare.workload_spec import ALLOWED, WorkloadOptions
 
@@ -74,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1 %%. Default: 3.",
     )
     _add_wishes(parser.add_argument_group("what is wanted"))
+    add_flags(parser, "service that counts as good", Slo)
+    add_flags(parser, "prices", Prices)
     _add_outputs(parser.add_argument_group("reports"))
     outside = parser.add_argument_group("outside engines")
     outside.add_argument(
@@ -94,21 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_wishes(group: argparse._ArgumentGroup) -> None:
-    numbers = (
-        ("--slo-ttft", "S", "Most seconds to the first token: of a request that is to count as served well."),
-        ("--slo-itl", "S", "The same: most seconds between two tokens, as its mean."),
-        ("--price-hour", "P", "Price of this machine for an hour, in any one currency."),
-        ("--price-kwh", "P", "Price of a kWh, in the same one."),
-        ("--gco2-kwh", "G", "Grams of CO2 for a kWh."),
-    )
     group.add_argument(
         "--objective",
         metavar="NAME",
         default="time",
         help="What the best method has least of: time, cost, energy or memory. Default: time.",
     )
-    for flag, metavar, said in numbers:
-        group.add_argument(flag, type=float, metavar=metavar, help=said)
     group.add_argument(
         "--break-even",
         metavar="LOW:HIGH",
@@ -205,9 +199,8 @@ def wishes_of(arguments: argparse.Namespace) -> Wishes:
     from headrace.compare.figures import Prices, Slo
     from headrace.compare.runner import Wishes
 
-    slo = Slo(arguments.slo_ttft, arguments.slo_itl)
-    prices = Prices(arguments.price_hour, arguments.price_kwh, arguments.gco2_kwh)
-    wishes = Wishes(arguments.objective, slo if slo.asked else None, prices)
+    slo = Slo(**given(arguments, Slo))
+    wishes = Wishes(arguments.objective, slo if slo.asked else None, Prices(**given(arguments, Prices)))
     objective_of(wishes)
     return wishes
 
@@ -298,12 +291,16 @@ def tell_written(paths: Sequence[str]) -> None:
 
 def flover(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     """An experiment of the Flover study."""
+    from headrace.compare.workload_spec import WorkloadOptions
+
     number = arguments.workload.partition(":")[2]
     if number not in tuple("1234567"):
         raise InvalidParameter("workload", arguments.workload, "flover:1 to flover:7")
-    for flag in ("manifest", "certificate", "break_even"):
-        if getattr(arguments, flag) is not None:
-            raise InvalidParameter(flag.replace("_", "-"), getattr(arguments, flag), "to leave it out with flover:N")
+    given_flags = {name: getattr(arguments, name) for name in ("manifest", "certificate", "break_even")}
+    given_flags |= {name: value for name, value in given(arguments, WorkloadOptions).items() if name != "seed"}
+    for flag, value in given_flags.items():
+        if value is not None:
+            raise InvalidParameter(flag, value, "to leave it out with flover:N, whose requests are the study's")
     files = Files.of(arguments)
     outside = outside_of(arguments)
 

@@ -15,6 +15,7 @@ TYPES: Mapping[str, type] = {
     "int": int,
     "int | None": int,
     "float": float,
+    "float | None": float,
     "str": str,
     "str | None": str,
 }

@@ -40,11 +40,12 @@ class WorkloadOptions:
     """How many. Questions are asked again where there are fewer; of a file, the first so many. Default: all; 32 of a
     synthetic workload."""
     prompt_length: str | None = None
-    """Tokens of a synthetic prompt (`synthetic.ALLOWED`). Default: 64."""
+    """Tokens of a synthetic prompt: N, or uniform:A:B. Default: 64."""
     output_length: str | None = None
-    """Tokens of a synthetic answer (`synthetic.ALLOWED`). Default: max_tokens."""
+    """Tokens of a synthetic answer: N, or uniform:A:B. Default: max_tokens."""
     arrivals: str | None = None
-    """When requests arrive (`arrivals.ALLOWED`). Default: as recorded where a file has times, else at-once."""
+    """When requests arrive: at-once, gap:S, poisson:MEAN_GAP_S, rate:PER_S, bursts:SIZE:GAP_S or recorded; times in
+    seconds. Default: as recorded where a file has times, else at-once."""
     seed: int = 0
     """Of everything that is drawn."""
     speed: float = 1.0
