@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 from headrace.compare.figures import TICK_S, Spread, run_joules
 from headrace.compare.methods import Method, Outcome
-from headrace.compare.resources import run_measured
+from headrace.compare.resources import run_measured, settled_heap
 from headrace.compare.statistics import (
     ENOUGH,
     LEVEL,
@@ -101,24 +101,25 @@ def run_rounds(
             del outcomes[method.name]
             return None
 
-    for method in methods:
-        progress(f"warm-up: {method.name}")
-        run(method, warm_up)
-    passes: int | None = None
-    for index in range(repeats):
-        first = index % len(methods)
-        order = (*methods[first:], *methods[:first])
-        runs: dict[str, list[Outcome]] = {name: [] for name in outcomes}
-        done = 0
-        while passes is None or done < passes:
-            for method in order:
-                progress(f"round {index + 1} of {repeats}: {method.name}")
-                if (outcome := run(method, workload)) is not None:
-                    runs[method.name].append(outcome)
-            order, done = order[::-1], done + 1
-            passes = passes or passes_for([runs[name][0].seconds for name in outcomes])
-        for name, found in outcomes.items():
-            found.append(typical(runs[name], found[0] if found else runs[name][0]))
+    with settled_heap():
+        for method in methods:
+            progress(f"warm-up: {method.name}")
+            run(method, warm_up)
+        passes: int | None = None
+        for index in range(repeats):
+            first = index % len(methods)
+            order = (*methods[first:], *methods[:first])
+            runs: dict[str, list[Outcome]] = {name: [] for name in outcomes}
+            done = 0
+            while passes is None or done < passes:
+                for method in order:
+                    progress(f"round {index + 1} of {repeats}: {method.name}")
+                    if (outcome := run(method, workload)) is not None:
+                        runs[method.name].append(outcome)
+                order, done = order[::-1], done + 1
+                passes = passes or passes_for([runs[name][0].seconds for name in outcomes])
+            for name, found in outcomes.items():
+                found.append(typical(runs[name], found[0] if found else runs[name][0]))
     return {name: tuple(runs) for name, runs in outcomes.items()}
 
 

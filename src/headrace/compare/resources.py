@@ -35,6 +35,18 @@ IDLE_S = 10.0
 """How long an idle floor should be measured, at least."""
 
 
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """While it lasts, the search for garbage before each run looks only at what has come since: in a large program it
+    would take longer than a short run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run_measured(method: Method, workload: Workload, meters: Sequence[Meter] = ()) -> Outcome:
     """One run of a started method, with what it did not measure itself. Raises EngineError if the run fails.
 
