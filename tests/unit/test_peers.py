@@ -242,6 +242,13 @@ def test_model_files(tmp_path: Path) -> None:
     assert here.python("openvino") == tmp_path / "openvino" / "bin" / "python"
     assert here.peer_file(str(model), parse_spec("headrace:torch")) == model
     assert here.source("llama-1.1b").name == "f16.gguf"
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert here.file(str(folder), "hf") == here.make_file(str(folder), "hf") == folder
+    assert here.file(str(folder), "openvino-int8").parent.parent == tmp_path / "models"
+    with pytest.raises(ConfigError, match=r"^model: got .*\.gguf file$"):
+        here.file(str(folder), "q4_0.gguf")
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -138,7 +138,10 @@ class PeerCache:
         return path
 
     def file(self, model: str, name: str) -> Path:
-        """A model's file by its name in `Engine.files`, made or not. The source itself serves for its own type."""
+        """A model's file by its name in `Engine.files`, made or not. The source itself serves for its own type, and a
+        folder in the Hugging Face layout as `hf`; no .gguf file is made of one. Raises ModelError or ConfigError."""
+        if model not in (DEMO, *RANDOM_SHAPES) and not name.endswith(".gguf") and (folder := locate(model)).is_dir():
+            return folder if name == "hf" else self.model_folder(model) / name
         source = self.source(model)
         kind, _, suffix = name.rpartition(".")
         if suffix == "gguf" and f".{kind}." in f".{source.name.lower()}".replace("-", "."):
