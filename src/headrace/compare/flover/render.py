@@ -56,23 +56,22 @@ def table(one: Grid) -> Table:
 
 
 def section(result: Result) -> str:
-    """HTML, for the page whose style is report.css."""
+    """HTML, for the page whose style is report.css and whose heading is `headline`."""
     return "\n".join(_pieces(result))
 
 
 def _pieces(result: Result) -> Iterator[str]:
-    yield f"<h2>{safe(headline(result))}</h2>"
     for sentence in result.findings.sentences:
         yield f"<p>{safe(sentence)}</p>"
     for drawn in result.findings.figures:
         yield figure([drawn.draw], drawn.caption)
     for one in result.findings.grids:
-        yield f"<h3>{safe(one.title)}</h3>"
+        yield f"<h2>{safe(one.title)}</h2>"
         rows = [cell(row[0], "name") + "".join(cell(text, "number") for text in row[1:]) for row in one.rows]
         yield grid([(heading, "number" if index else "") for index, heading in enumerate(one.head)], rows)
         if one.note:
             yield f'<p class="note">{safe(one.note)}</p>'
-    yield "<h3>Identities on our own traces and on the iteration clock</h3>"
+    yield "<h2>Identities on our own traces and on the iteration clock</h2>"
     checks = [
         cell(check.name)
         + cell("holds" if check.holds else "broken", "good" if check.holds else "bad")
@@ -81,9 +80,9 @@ def _pieces(result: Result) -> Iterator[str]:
     ]
     yield grid((("identity", ""), ("", ""), ("found", "")), checks)
     if result.failures:
-        yield "<h3>Methods that did not run</h3>"
+        yield "<h2>Methods that did not run</h2>"
         yield grid((("method", ""), ("why", "")), [cell(n, "name") + cell(why) for n, why in result.failures.items()])
-    yield "<h3>How it was run, and what was published</h3>"
+    yield "<h2>How it was run, and what was published</h2>"
     ran = (f"{name}: {told}." for name, told in result.descriptions.items())
     counted = f"{result.repeats} rounds of each point; seed {result.seed}. Published: {SOURCE}."
     yield listed((*result.notes, *ran, counted, *result.published.remarks))
