@@ -117,7 +117,6 @@ def test_a_driver_that_hangs_is_ended(peer: PeerProcess) -> None:
     assert not alive(peer.pid)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
 def test_a_parent_that_is_killed_takes_a_busy_driver_with_it(fake_script: Path) -> None:
     code = (
         "import os, sys; from headrace.compare.peers import PeerProcess; from tests.unit.peer_cases import LOAD, task\n"
