@@ -20,9 +20,10 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from queue import Empty, SimpleQueue
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from headrace import __version__
+from headrace.api.address import VISIBLE, read_address
 from headrace.api.json import dump, read_object
 from headrace.core.errors import ConfigError, InvalidJson
 
@@ -30,8 +31,6 @@ MAX_ANSWER_BYTES = 32 * 2**20
 CONNECT_S = 10.0
 _PIECE = 2**16
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
-_VISIBLE = re.compile(r"[!-~]+", re.ASCII)
-_ALLOWED = "http://HOST[:PORT][/PATH] or https://…"
 
 
 class Server:
@@ -40,25 +39,14 @@ class Server:
     def __init__(self, url: str, api_key: str = "") -> None:
         """`url`: the base of the routes; one that ends in /v1 names the same server as one that does not. Raises
         ConfigError, which never repeats a password or a key."""
-        try:
-            parts = urlsplit(url.strip())
-            host, port = parts.hostname or "", parts.port
-            host.encode("idna")
-        except ValueError:
-            raise ConfigError(f"the server's URL cannot be read, allowed: {_ALLOWED}") from None
-        if parts.scheme not in ("http", "https") or not _VISIBLE.fullmatch(host):
-            raise ConfigError(f"the server's URL names no host, allowed: {_ALLOWED}")
-        if parts.query or parts.fragment or (parts.path and not _VISIBLE.fullmatch(parts.path)):
-            raise ConfigError(f"the server's URL has more than a path behind the host, allowed: {_ALLOWED}")
-        self.host, self.port = host, port if port is not None else 443 if parts.scheme == "https" else 80
-        self.prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"{parts.scheme}://{shown}:{self.port}{self.prefix}"
+        address = read_address(url)
+        self.host, self.port, self.prefix = address.host, address.port, address.prefix
+        self.url = address.url
         """The base of the routes, without credentials; equal for equal servers."""
         self.headers = {"Accept": "application/json", "User-Agent": f"headrace/{__version__}"}
-        if authorization := _authorization(api_key, parts.username, parts.password):
+        if authorization := _authorization(api_key, address.user, address.password):
             self.headers["Authorization"] = authorization
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._context = ssl.create_default_context() if address.secure else None
 
     def connection(self) -> HTTPConnection:
         """A new one, not yet open."""
@@ -90,7 +78,7 @@ def _authorization(api_key: str, user: str | None, password: str | None) -> str:
     if api_key:
         if user is not None:
             raise ConfigError("the server's URL names a user, and there is an API key: allowed: one of the two")
-        if not _VISIBLE.fullmatch(api_key):
+        if not VISIBLE.fullmatch(api_key):
             raise ConfigError("the API key has characters that a header cannot carry, allowed: visible ASCII")
         return f"Bearer {api_key}"
     if user is None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from headrace import __version__
+from headrace.api.address import ALLOWED, VISIBLE, read_address
 from headrace.core.errors import ConfigError
 
 CONNECT_S, SILENCE_S = 30.0, 600.0
@@ -23,8 +22,6 @@ MAX_BODY = 32 * 2**20
 MAX_LINE = 2**20
 """Bytes of one line of it."""
 MAX_HEADERS = 256
-_ALLOWED = "http://HOST[:PORT][/PATH] or https://…, without a user"
-_VISIBLE = re.compile(r"[!-~]+", re.ASCII)
 _PIECE = 2**16
 
 
@@ -95,28 +92,17 @@ class Server:
     def __init__(self, url: str, api_key: str = "") -> None:
         """`url`: the base of the routes; one that ends in /v1 names the same server as one that does not. `api_key`:
         sent as a bearer's; empty: none. Raises ConfigError, which never repeats a secret."""
-        try:
-            parts = urlsplit(url.strip())
-            host, port = parts.hostname or "", parts.port
-            host.encode("idna")
-        except ValueError:
-            raise ConfigError(f"the server's URL cannot be read, allowed: {_ALLOWED}") from None
-        if parts.scheme not in ("http", "https") or not _VISIBLE.fullmatch(host):
-            raise ConfigError(f"the server's URL names no host, allowed: {_ALLOWED}")
-        if parts.username is not None or parts.password is not None:
-            raise ConfigError(f"the server's URL names a user, which would stand in every report, allowed: {_ALLOWED}")
-        if parts.query or parts.fragment or (parts.path and not _VISIBLE.fullmatch(parts.path)):
-            raise ConfigError(f"the server's URL has more than a path behind the host, allowed: {_ALLOWED}")
-        if api_key and not _VISIBLE.fullmatch(api_key):
+        address = read_address(url)
+        if address.user is not None or address.password is not None:
+            raise ConfigError(f"the server's URL names a user, which would stand in every report, allowed: {ALLOWED}")
+        if api_key and not VISIBLE.fullmatch(api_key):
             raise ConfigError("the API key has characters that a header cannot carry, allowed: visible ASCII")
-        self._host, self._port = host, port if port is not None else 443 if parts.scheme == "https" else 80
-        self._prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-        shown = f"[{host}]" if ":" in host else host
-        self._authority = f"{shown}:{self._port}"
-        self.url = f"{parts.scheme}://{self._authority}{self._prefix}"
+        self._host, self._port, self._prefix = address.host, address.port, address.prefix
+        self._authority = address.authority
+        self.url = address.url
         """The base of the routes."""
         self._authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._context = ssl.create_default_context() if address.secure else None
 
     @asynccontextmanager
     async def exchange(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Response]:
