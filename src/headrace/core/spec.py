@@ -13,8 +13,9 @@ from typing import Literal
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScalingKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-MapOp = Literal["same", "cat_rows", "split_rows", "permute_rope", "transpose", "take"]
+MapOp = Literal["same", "cat_rows", "split_rows", "permute_rope", "transpose", "take", "reshape", "take_cols"]
 Shard = Literal["rows", "cols", "none"]
+Merge = Literal["shuffle_v1", "shuffle_v2", "average_pool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,97 @@ class HeadSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """A vision transformer over one square tile: patches, a learned position each, blocks of full attention and MLP."""
+
+    tile_size: int
+    """Pixels on a side of a tile."""
+    patch_size: int
+    hidden_size: int
+    layers: int
+    """Blocks that are computed: what the last of them gives, without a norm, is the tile's features."""
+    heads: int
+    head_dim: int
+    intermediate: int
+    activation: Activation
+    norm: NormSpec
+    """Before attention and before the MLP of each block."""
+    qkv_bias: bool
+    qk_norm: NormSpec | None = None
+    """Of q and of k over all heads together, before they are cut into heads (InternViT-6B)."""
+    class_token: bool = True
+    """A learned row before the patches, left out of the features (InternViT); SigLIP has none."""
+    layer_scale: bool = True
+    """A learned factor for each channel that attention and MLP add to the residual stream (InternViT)."""
+    stored_grid: int | None = None
+    """Patches on a side that the stored positions are for, where those of a tile are others: they are interpolated
+    (bicubic, all but the class token's). None: those of a tile."""
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side of a tile."""
+        return self.tile_size // self.patch_size
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorSpec:
+    """From a tile's grid × grid features to `tokens` rows of the decoder: merge, norm, linear, activation, linear."""
+
+    merge: Merge
+    """shuffle: 2 × 2 neighbours side by side in one row (pixel shuffle by ½); v2: out[i, j] = x[2i, 2j], x[2i, 2j + 1],
+    x[2i + 1, 2j], x[2i + 1, 2j + 1]; v1: v2 with the two axes of the grid exchanged in what comes out. average_pool:
+    mean over windows from ⌊i g ÷ s⌋ to ⌈(i + 1) g ÷ s⌉, s² = `tokens`."""
+    tokens: int
+    """Rows that a tile becomes; a square number."""
+    width: int
+    """Of what the merge gives: 4 × or 1 × the encoder's hidden size."""
+    intermediate: int
+    bias: bool
+    activation: Activation = "gelu"
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TilingSpec:
+    """How a picture becomes tiles."""
+
+    tile_size: int
+    min_tiles: int = 1
+    max_tiles: int = 1
+    """1: the whole picture is made one tile, whatever its shape. More: the grid of tiles whose shape is nearest
+    (`media/tiling.py`)."""
+    thumbnail: bool = False
+    """The whole picture as one more, last tile, where there are several."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of red, green, blue in 0 … 1; the backend computes (x ÷ 255 − mean) ÷ std."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePromptSpec:
+    """What stands in the prompt's text for an image."""
+
+    pad: str
+    """The text of the placeholder token, as often as the image has rows."""
+    before: str = ""
+    after: str = ""
+    tile_tags: bool = False
+    """NVLM: `<tile_1>`, `<tile_2>` … before each tile's placeholders, `<tile_global_thumbnail>` before the last one's."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """The vision side of a model: what a picture's tiles become, and where that goes in the prompt."""
+
+    encoder: EncoderSpec
+    projector: ProjectorSpec
+    tiling: TilingSpec
+    prompt: ImagePromptSpec
+    image_token_id: int
+    """Id of the placeholder token."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     name: str
     vocab_size: int
@@ -130,7 +222,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     final_norm: NormSpec
     head: HeadSpec = field(default_factory=HeadSpec)
-    vision: None = None
+    vision: VisionSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +237,7 @@ class WeightRule:
     op: MapOp = "same"
     shard: Shard = "none"
     rows: tuple[int, int] | None = None
-    """For split_rows and take: (start, stop) of the rows; None in take: all of them."""
+    """For split_rows and take: (start, stop) of the rows; None in take: all of them. For take_cols: of the columns."""
     heads: int = 0
     """For permute_rope: number of heads whose rows are re-paired from interleaved to halves."""
     index: int = 0

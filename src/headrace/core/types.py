@@ -183,12 +183,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where an image's placeholder tokens lie in a prompt."""
+    """An image of a prompt, and where its placeholder tokens lie.
+
+    Between placeholders of one image may be other tokens (NVLM's tile tags): those keep their own embedding.
+    """
 
     start: int
+    """Of its first placeholder."""
     length: int
+    """To the end of its last one."""
     hash: str
-    """SHA-256 (hex) of the decoded pixels and the tiling options."""
+    """SHA-256 (hex) of the pixels, their form and the tiling options."""
+    tiles: int = 1
+    pixels: bytes = field(default=b"", repr=False)
+    """uint8 (tiles, side, side, 3), rows from the top, red green blue; or, where `normalised`, float32 in the machine's
+    order (tiles, 3, side, side) that need no more."""
+    normalised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
