@@ -197,7 +197,7 @@ class ImagePromptSpec:
     before: str = ""
     after: str = ""
     tile_tags: bool = False
-    """NVLM: `<tile_1>`, `<tile_2>` … before each tile's placeholders, `<tile_global_thumbnail>` before the last one's."""
+    """NVLM: `<tile_1>`, `<tile_2>` … before each tile, `<tile_global_thumbnail>` before the last one."""
 
 
 @dataclass(frozen=True, slots=True)
