@@ -40,7 +40,7 @@ def shuffles(cells: Sequence[CellRun], scale: Scale, measured: Measured) -> Find
                 str(tidy.moves),
                 str(tidy.moved_tokens),
                 str(tidy.waste),
-                f"{loose.waste} ({100 * loose.waste_share:.0f} %)",
+                f"{loose.waste} ({100 * loose.waste_share:.0f}%)",
                 str(rows.moves),
                 "0",
             )
