@@ -21,8 +21,8 @@ INSTANCES_METHOD = "instances"
 SHORTEST_LENGTH = 16
 """Least tokens that 512 are cut to."""
 BUDGET_S = 450.0
-"""About as long may all rounds of an experiment take. The rest of ten minutes is for what the estimate leaves out: loading,
-and that long answers and processes that share a memory are slower than the short ones that were measured."""
+"""About as long may all rounds of an experiment take. The rest of ten minutes is for what the estimate leaves out:
+loading, and that long answers and processes that share a memory are slower than the short ones that were measured."""
 
 
 @dataclass(frozen=True, slots=True)
