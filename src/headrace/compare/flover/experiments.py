@@ -12,6 +12,7 @@ from headrace.compare.flover.findings_time import against_engines, cumulative, t
 from headrace.compare.flover.plan import (
     BUDGET_S,
     FUSED,
+    INSTANCES_METHOD,
     Measured,
     Scale,
     cell_workload,
@@ -32,6 +33,8 @@ PROBE_TOKENS = 32
 """Of the answers that times of iterations are measured with."""
 PROBES = 5
 """Runs of each measurement before the experiment; their median counts."""
+OURS = frozenset({FUSED, INSTANCES_METHOD})
+"""Of what is started before the calibration."""
 MAKE = Callable[[str], Method]
 """Name of a method -> the method, not started. Raises HeadraceError."""
 
@@ -133,7 +136,7 @@ def _check(longest: int, prompts: Sequence[tuple[int, ...]], repeats: int, budge
 
 
 def _calibrate(bench: _Bench) -> Measured:
-    """Times of an iteration with one request and with all of them."""
+    """Times of an iteration with one request and with all of them; of engines from outside with all of them."""
     fused = bench.methods[FUSED]
     everyone = bench.workload
     rows = len(everyone.requests)
@@ -141,7 +144,20 @@ def _calibrate(bench: _Bench) -> Measured:
     alone = [fused.run(everyone.warm_up(PROBE_TOKENS, 1)) for _ in range(PROBES)]
     batch = [fused.run(everyone.warm_up(PROBE_TOKENS, rows)) for _ in range(PROBES)]
     step_s = median(_decode_s(one) for one in alone)
-    return Measured(step_s, max(step_s, median(_decode_s(one) for one in batch)), rows)
+    outside = {name: _outside_s(bench, name) for name in tuple(bench.methods) if name not in OURS}
+    outside_s = {name: seconds for name, seconds in outside.items() if seconds is not None}
+    return Measured(step_s, max(step_s, median(_decode_s(one) for one in batch)), rows, outside_s)
+
+
+def _outside_s(bench: _Bench, name: str) -> float | None:
+    """Seconds a token, with all requests at once; the first run warms up. None: it failed, and is out."""
+    piece = bench.workload.warm_up(PROBE_TOKENS, len(bench.workload.requests))
+    try:
+        runs = [bench.methods[name].run(piece).seconds for _ in range(2)]
+    except HeadraceError as error:
+        bench.fail(name, error)
+        return None
+    return runs[-1] / PROBE_TOKENS
 
 
 def _decode_s(run: Outcome) -> float:

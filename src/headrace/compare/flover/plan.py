@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Times of the fused method on this machine."""
+    """Times of the fused method on this machine, and of engines from outside."""
 
     step_s: float
     """A token of a request that is alone."""
@@ -54,6 +54,8 @@ class Measured:
     """An iteration with all requests of the experiment in flight."""
     rows: int
     """How many those were."""
+    outside_s: Mapping[str, float] = field(default_factory=dict)
+    """Of each engine from outside: a token of all these requests at once, with what stands before the first."""
 
     def iteration_s(self, rows: int) -> float:
         """An iteration of so many rows: between the two that were measured, in proportion. An estimate."""
@@ -220,15 +222,15 @@ def _estimates_s(shape: Shape, methods: Sequence[str], measured: Measured, seed:
     times, lengths = shape.drawn(seed)
     scale = measured.step_s * LENGTH / SINGLE_S
     arrivals = [at * scale for at in times]
-    one_batch = max(lengths) * measured.iteration_s(min(shape.requests, measured.rows))
+    iteration_s = measured.iteration_s(min(shape.requests, measured.rows))
     found = []
     for name in methods:
         if name == INSTANCES_METHOD:
             found.append(serial_ends(arrivals, [length * measured.step_s for length in lengths])[-1])
         elif name == FUSED:
-            found.append(arrivals[-1] + one_batch)
-        else:  # a batch that runs already, and one's own; of an engine from outside nothing is known
-            found.append(arrivals[-1] + 2 * one_batch)
+            found.append(arrivals[-1] + max(lengths) * iteration_s)
+        else:  # a batch that runs already, and one's own
+            found.append(arrivals[-1] + 2 * max(lengths) * measured.outside_s.get(name, iteration_s))
     return found
 
 

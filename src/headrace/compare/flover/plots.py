@@ -48,7 +48,7 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str, log: bool, wid
     ticks = y_axis.ticks(40)
     start = 26 + max(text_width(label, SMALL) for _, label in ticks)
     xs = [x for one in lines for x, _ in one.points]
-    end = width - 14
+    end = width - 24
     x_axis = Axis(start, end, min(xs), max(xs), log=True) if log else from_zero(xs, start, end)
     parts = horizontal(x_axis, top, bottom, x_title)
     for value, label in ticks:
@@ -101,7 +101,7 @@ def _keys(lines: Sequence[Line], width: float) -> list[str]:
 def iteration_chart(name: str, tokens: Sequence[Sequence[int]], width: float) -> str:
     """A line a request: from the iteration of its first token to that of its last; `tokens`: of each request, the
     iterations (from 0) in which it got one."""
-    start, end = 24 + text_width(str(len(tokens)), SMALL), width - 12
+    start, end = 24 + text_width(str(len(tokens)), SMALL), width - 24
     count = 1 + max(one[-1] for one in tokens)
     axis = from_zero([count], start, end)
     top = LINE + 4

@@ -27,7 +27,8 @@ def headline(result: Result) -> str:
 
 def show(result: Result, out: Console) -> None:
     """Prints everything that was found."""
-    out.rule(Text(headline(result), style="bold"), align="left", style="dim")
+    out.print(Text(headline(result), style="bold"))  # in a rule, what does not fit would be cut
+    out.rule(style="dim")
     for sentence in (*result.findings.sentences, *result.notes):
         out.print(Text(sentence))
     for one in result.findings.grids:
