@@ -104,7 +104,6 @@ MOE = MoeSpec(4, 2, 8, True)
         (with_norms(pre_mlp=None), "norms.pre_mlp = none"),
         (with_layer(parallel=True), "norms beside pre_attn in a parallel layer"),
         (lambda spec: replace(spec, embedding=EmbeddingSpec(False, 1.0, (2, 64))), "embedding.learned_positions"),
-        (lambda spec: replace(spec, vision="CLIP"), "vision"),
         (lambda spec: replace(spec, layers=()), "layers"),
     ],
 )

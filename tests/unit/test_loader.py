@@ -171,6 +171,23 @@ def test_take_outside_of_the_source(shape: tuple[int, ...], rule: WeightRule, me
     assert not checkpoint.read
 
 
+@pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
+def test_reshape_and_take_cols_of_plain_numbers(scheme: str) -> None:
+    patch, table, linear = packed(scheme, 4, 3, 2, 2), packed(scheme, 1, 5, 4), packed(scheme, 3, 7)
+    made = load(
+        Memory(patch=patch, table=table, linear=linear),
+        WeightRule(("patch",), "patch", (4, 12), op="reshape"),
+        WeightRule(("table",), "table", (5, 4), op="reshape"),
+        WeightRule(("linear",), "linear", (3, 4), op="take_cols", rows=(2, 6)),
+    )
+    assert {tensor.scheme for tensor in made.values()} == {scheme}
+    assert [tensor.shape for tensor in made.values()] == [(4, 12), (5, 4), (3, 4)]
+    # A patch's numbers channel by channel, row by row.
+    assert np.array_equal(made["patch"].dequantise()[1].reshape(3, 2, 2), patch.dequantise()[1])
+    assert np.array_equal(made["table"].dequantise(), table.dequantise()[0])
+    assert np.array_equal(made["linear"].dequantise(), linear.dequantise()[:, 2:6])
+
+
 # ---------------------------------------------------------------- names
 
 
@@ -227,6 +244,11 @@ def rule(**changes: Any) -> WeightRule:
         (rule(op="split_rows", rows=(0, 2)), r"found \(2, 6\), needed \(4, 6\)"),
         (rule(op="split_rows", rows=(2, 6)), r"t: rows 2 to 6 are not inside w \(4, 6\)"),
         (rule(op="split_rows", rows=(-4, 4)), "rows -4 to 4 are not inside"),
+        (rule(op="reshape", shape=(5, 5)), r"t from 'w': found \(4, 6\), needed \(5, 5\)"),
+        (rule(op="reshape", sources=("s",), shape=(1,)), r"t: reshape needs rows, found a tensor of shape \(\)"),
+        (rule(op="take_cols", rows=(2, 7)), r"t: columns 2 to 7 are not inside w \(4, 6\)"),
+        (rule(op="take_cols", sources=("v",), rows=(0, 1)), r"t: columns 0 to 1 are not inside v \(4,\)"),
+        (rule(op="take_cols", rows=(0, 3)), r"found \(4, 3\), needed \(4, 6\)"),
         (rule(op="permute_rope", heads=3), "t: 4 rows are not 3 heads of an even size"),
         (rule(op="permute_rope", heads=4), "t: 4 rows are not 4 heads of an even size"),
     ],
@@ -245,6 +267,7 @@ def test_a_wrong_shape_is_refused_before_any_read(wrong: WeightRule, words: str)
         (rule(sources=("w", "w")), "same cannot take 2 sources"),
         (rule(op="split_rows"), "split_rows needs `rows`"),
         (rule(op="permute_rope"), "permute_rope needs `heads`"),
+        (rule(op="take_cols"), "take_cols needs `rows`"),
         (rule(op="mirror"), "unknown operation 'mirror'"),
     ],
 )
@@ -257,6 +280,8 @@ def test_a_rule_that_makes_no_sense_is_a_value_error(senseless: WeightRule, word
     ("unable", "words"),
     [
         (rule(sources=("q",), shape=(64, 4), op="transpose"), "t: transpose of q: groups of q8_0 run along rows"),
+        (rule(sources=("q",), shape=(256,), op="reshape"), "t: reshape of q: groups of q8_0 run along rows"),
+        (rule(sources=("q",), shape=(4, 32), op="take_cols", rows=(0, 32)), "t: take_cols of q: groups of q8_0"),
         (rule(sources=("q", "f"), shape=(8, 64), op="cat_rows"), "t: cat_rows of q, f: parts of different schemes"),
         (rule(sources=("v",), shape=(64,), op="permute_rope", heads=2), r"t: permute_rope of v: q8_0 \(64,\) has no"),
         (rule(sources=("v",), shape=(32,), op="split_rows", rows=(0, 32)), r"t: split_rows of v: q8_0 \(64,\) has no"),

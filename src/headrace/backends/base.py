@@ -76,7 +76,7 @@ class Backend(Protocol):
         """How a step runs: kernels, shapes and why they were chosen."""
 
     def memory(self) -> Mapping[str, int]:
-        """Bytes by use: weights, adapters, kv_cache, workspace."""
+        """Bytes by use: weights, adapters, kv_cache, workspace, encoder_cache (of images)."""
 
     def close(self) -> None:
         """Gives everything back; further calls are errors."""

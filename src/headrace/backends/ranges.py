@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 GATHER, EMBED, LAYER, ATTENTION, MLP, HEAD = "gather", "embed", "layer", "attention", "mlp", "head"
 SAMPLE = "headrace.sample"
+VISION = "headrace.vision"
 
 
 @dataclass(frozen=True, slots=True)

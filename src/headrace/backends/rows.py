@@ -7,7 +7,7 @@ A plan that breaks the protocol is a bug of the control plane: EngineError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,21 @@ from numpy.typing import NDArray
 
 from headrace.backends.sampling import RowSampling
 from headrace.core.errors import EngineError
-from headrace.core.types import Admit, RowStep, StepPlan
+from headrace.core.spec import VisionSpec
+from headrace.core.types import Admit, ImageSpan, RowStep, StepPlan
 
 IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImagePart:
+    """Rows of an image that a step's tokens are."""
+
+    image: ImageSpan
+    places: IntArray
+    """Of its placeholders, in the flat arrays."""
+    first: int
+    """Which of the image's rows the first of them is; the others follow."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +61,16 @@ class Batch:
     """[R]"""
     adapters: tuple[str, ...]
     """[R] names; empty: none"""
+    images: tuple[ImagePart, ...] = ()
+    unfinished_images: frozenset[str] = frozenset()
+    """Hashes of those that a live row has come to and will not be through with after this step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImage:
+    image: ImageSpan
+    positions: IntArray
+    """Of its placeholders in the row's tokens; one at least."""
 
 
 @dataclass(slots=True)
@@ -59,13 +81,26 @@ class Row:
     adapter: str
     num_tokens: int
     num_blocks: int = 0
+    images: tuple[RowImage, ...] = ()
+    num_computed: int = 0
+    """Tokens from the first on that are computed, or will be once the plans that came are."""
 
 
 class RequestTable:
     """Rows 0 … max_rows - 1: token ids and block tables of the live requests."""
 
-    def __init__(self, max_rows: int, max_model_len: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+        vision: VisionSpec | None = None,
+    ) -> None:
+        """`vision`: None where no row has images."""
         self.vocab_size = vocab_size
+        self._vision = vision
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._tokens = np.zeros((max_rows, max_model_len), np.int64)
@@ -73,13 +108,13 @@ class RequestTable:
         self._rows: list[Row | None] = [None] * max_rows
 
     def apply(self, plan: StepPlan) -> None:
-        """Forgets released rows, then takes in the admitted, then appends the new blocks of the plan's rows."""
+        """Forgets released rows, then takes in the admitted, then what the plan's rows get and compute."""
         for row in plan.release:
             self._release(row)
         for admit in plan.admit:
             self._admit(admit)
         for step in plan.rows:
-            self._append_blocks(step)
+            self._take_step(step)
 
     def row(self, index: int) -> Row:
         """The live request in a row."""
@@ -141,7 +176,26 @@ class RequestTable:
             logit_starts=np.cumsum(counts) - counts,
             logit_counts=counts,
             adapters=tuple(self.row(step.row).adapter for step in steps),
+            images=tuple(self._image_parts(steps, starts)),
+            unfinished_images=self.unfinished_images(),
         )
+
+    def unfinished_images(self) -> frozenset[str]:
+        """Hashes of the images that a live row has come to and is not through with."""
+        return frozenset(
+            one.image.hash
+            for row in self._rows
+            if row is not None
+            for one in row.images
+            if one.positions[0] < row.num_computed <= one.positions[-1]
+        )
+
+    def _image_parts(self, steps: Sequence[RowStep], starts: IntArray) -> Iterator[ImagePart]:
+        for step, place in zip(steps, starts, strict=True):
+            for one in self.row(step.row).images:
+                first, stop = np.searchsorted(one.positions, (step.start, step.start + step.length))
+                if first < stop:
+                    yield ImagePart(one.image, one.positions[first:stop] - step.start + place, int(first))
 
     def append(self, index: int, tokens: Sequence[int]) -> None:
         """Adds what was sampled. Ids past the longest sequence are dropped: no plan can ever compute them."""
@@ -163,9 +217,23 @@ class RequestTable:
             raise EngineError(f"row {admit.row} is admitted with {admit.num_prompt} prompt tokens of {count}")
         self._tokens[admit.row, :count] = admit.token_ids
         sampling = RowSampling(admit.sampling, admit.num_prompt, admit.stop_ids, self.vocab_size)
-        self._rows[admit.row] = Row(sampling, admit.adapter, count)
+        images = tuple(self._located(admit, image) for image in admit.images)
+        self._rows[admit.row] = Row(sampling, admit.adapter, count, images=images)
 
-    def _append_blocks(self, step: RowStep) -> None:
+    def _located(self, admit: Admit, image: ImageSpan) -> RowImage:
+        if self._vision is None:
+            raise EngineError(f"row {admit.row} is admitted with an image, and the model reads none")
+        stop = image.start + image.length
+        if not 0 <= image.start <= stop <= admit.num_prompt:
+            raise EngineError(f"row {admit.row} has an image from {image.start} to {stop}, not within its prompt")
+        inside = self._tokens[admit.row, image.start : stop] == self._vision.image_token_id
+        positions = np.flatnonzero(inside) + image.start
+        wanted = image.tiles * self._vision.projector.tokens
+        if len(positions) != wanted or not wanted:
+            raise EngineError(f"row {admit.row} has {len(positions)} placeholders for an image of {wanted} rows")
+        return RowImage(image, positions)
+
+    def _take_step(self, step: RowStep) -> None:
         row = self.row(step.row)
         count = len(step.new_blocks)
         if row.num_blocks + count > self._blocks.shape[1]:
@@ -174,6 +242,7 @@ class RequestTable:
             raise EngineError(f"row {step.row} gets a block outside 0 … {self.num_blocks - 1}")
         self._blocks[step.row, row.num_blocks : row.num_blocks + count] = step.new_blocks
         row.num_blocks += count
+        row.num_computed = step.start + step.length
 
     def _check(self, step: RowStep) -> None:
         row = self.row(step.row)

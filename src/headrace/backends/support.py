@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from headrace.backends.rope import SCALINGS
 from headrace.core.errors import UnsupportedModel
-from headrace.core.spec import ModelSpec
+from headrace.core.spec import ModelSpec, VisionSpec
 
 ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu"})
+SEEING = frozenset({"torch"})
+"""Backends that read images."""
 
 
 def refuse_unsupported(spec: ModelSpec, backend: str) -> None:
@@ -15,8 +19,9 @@ def refuse_unsupported(spec: ModelSpec, backend: str) -> None:
         raise UnsupportedModel("layers: none, at least one is needed")
     faults = [
         ("embedding.learned_positions", spec.embedding.learned_positions is not None),
-        ("vision", spec.vision is not None),
     ]
+    if spec.vision is not None:
+        faults += _vision_faults(spec.vision) if backend in SEEING else [("vision", True)]
     for one in spec.layers:
         attention, mlp, norms = one.attention, one.mlp, one.norms
         rope, experts = attention.rope, mlp.experts
@@ -38,3 +43,19 @@ def refuse_unsupported(spec: ModelSpec, backend: str) -> None:
     for name, refused in faults:
         if refused:
             raise UnsupportedModel(f"the {backend} backend does not run {name} (model {spec.name})")
+
+
+def _vision_faults(vision: VisionSpec) -> list[tuple[str, bool]]:
+    encoder, projector, tokens = vision.encoder, vision.projector, vision.projector.tokens
+    pooled = projector.merge == "average_pool"
+    width, heads_width = encoder.hidden_size, encoder.heads * encoder.head_dim
+    whole = math.isqrt(max(tokens, 0)) ** 2 == tokens <= encoder.grid**2 if pooled else 4 * tokens == encoder.grid**2
+    return [
+        ("vision.encoder.layers below 1", encoder.layers < 1),
+        ("vision.encoder.activation", encoder.activation not in ACTIVATIONS),
+        ("vision.encoder.qk_norm by head", encoder.qk_norm is not None and encoder.qk_norm.width != heads_width),
+        ("vision.encoder.tile_size other than the tiling's", encoder.tile_size != vision.tiling.tile_size),
+        ("vision.projector.activation", projector.activation not in ACTIVATIONS),
+        ("vision.projector.tokens that its merge does not give", tokens < 1 or not whole),
+        ("vision.projector.width that its merge does not give", projector.width != (width if pooled else 4 * width)),
+    ]

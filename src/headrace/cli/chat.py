@@ -39,7 +39,7 @@ from headrace.core.errors import (
 from headrace.core.types import SamplingParams
 
 if TYPE_CHECKING:
-    from headrace.cli.conversation import Conversation, Turn
+    from headrace.cli.conversation import Attached, Conversation, Turn
 
 DEFAULT_MAX_TOKENS = 1024
 NOT_SHOWN = frozenset({"n", "logprobs", "prompt_logprobs"})
@@ -51,6 +51,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "undo": ("", "take back the last message and its answer"),
     "system": ("[TEXT]", "show or set the system message (none: take it away)"),
     "set": ("[NAME VALUE]", "show or change how tokens are chosen"),
+    "image": ("FILE", "a picture that goes with the next message"),
     "stats": ("", "tokens, times, and how much of the context is used"),
     "save": ("FILE", "write the messages to a new JSON file"),
     "quit": ("", "leave; Ctrl-D does the same"),
@@ -63,7 +64,7 @@ HINTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_engine_flags(parser, leave_out=("policy", "max_num_seqs"))
+    add_engine_flags(parser, leave_out=("policy", "max_num_seqs", "allow_image_urls", "image_folder"))
     add_sampling_flags(parser, leave_out=("max_tokens", *NOT_SHOWN))
     parser.add_argument(
         "--max-tokens",
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Most tokens of an answer, ≥ 1. Default: {DEFAULT_MAX_TOKENS}.",
     )
     parser.add_argument("--system", metavar="TEXT", help="The system message: how the model is to answer.")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="A picture for the first message. Repeatable."
+    )
     parser.epilog = (
         "Lines typed at a terminal are kept in $XDG_STATE_HOME/headrace/history (or below ~/.local/state), readable by "
         "you alone."
@@ -85,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputFileError("stdin is closed, allowed: a terminal or a pipe")
 
     import_numpy(os.environ)
-    from headrace.cli.conversation import Conversation, check_can_talk
+    from headrace.cli.conversation import Conversation, attach, check_can_talk
     from headrace.engine.model import OpenModel
     from headrace.engine.progress import loading
 
@@ -95,11 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
         with closing(opened):
             opened.begin()
             check_can_talk(opened, arguments.system)
+            images = [attach(opened, name, "--image") for name in arguments.image]
             with loading(load_line_shown(os.environ)) as on_progress:
                 core, _ = opened.start(on_progress)
             try:
                 conversation = Conversation(opened, core, sampling, arguments.system)
-                return Chat(conversation, signals).run()
+                return Chat(conversation, signals, images).run()
             finally:
                 core.close()
 
@@ -107,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
 class Chat:
     """The loop: read a message, answer it or obey it."""
 
-    def __init__(self, conversation: Conversation, signals: Signals) -> None:
+    def __init__(self, conversation: Conversation, signals: Signals, images: Sequence[Attached] = ()) -> None:
+        """`images`: of the first message."""
         self._conversation = conversation
         self._signals = signals
         self._interactive = sys.stdin.isatty()
@@ -116,7 +122,9 @@ class Chat:
         history, names = History.of_user(os.environ), [f"/{name}" for name in COMMANDS]
         self._reader: Keys | Pipe = Keys(self._style, history, names) if self._interactive else Pipe()
         self._status = 0
-        self._unanswered: str | None = None
+        self._images = list(images)
+        """Of the next message."""
+        self._unanswered: tuple[str, tuple[Attached, ...]] | None = None
 
     def run(self) -> int:
         if self._interactive:
@@ -188,21 +196,25 @@ class Chat:
 
     # ------------------------------------------------------------ answers
 
-    def _ask(self, text: str) -> None:
-        self._unanswered = text
-        if (turn := self._answer(text)) is not None:
+    def _ask(self, text: str, images: Sequence[Attached] = ()) -> None:
+        self._unanswered = message = text, (*images, *self._images)
+        self._images.clear()
+        if (turn := self._answer(message)) is not None:
             self._unanswered = None
             self._after(turn)
 
-    def _answer(self, text: str | None) -> Turn | None:
-        """The next answer, shown as it comes; None as text: the last message's again."""
+    def _answer(self, message: tuple[str, tuple[Attached, ...]] | None) -> Turn | None:
+        """The next answer, shown as it comes; None: the last message's again."""
         talk, stopping, printer = self._conversation, self._signals.stopping, Printer()
         self._signals.begin_answer()
         try:
             if self._decorated:
                 print(flush=True)
             with quiet_keys(sys.stdin):
-                turn = talk.retry(printer.show, stopping) if text is None else talk.ask(text, printer.show, stopping)
+                if message is None:
+                    turn = talk.retry(printer.show, stopping)
+                else:
+                    turn = talk.ask(message[0], printer.show, stopping, message[1])
             printer.finish()
         finally:
             if printer.shown:
@@ -211,7 +223,9 @@ class Chat:
         if self._signals.interrupted and not self._interactive:
             raise KeyboardInterrupt
         if turn is None:
-            kept = "the message was taken back (/retry sends it again)" if text is not None else "the old answer stays"
+            kept = (
+                "the message was taken back (/retry sends it again)" if message is not None else "the old answer stays"
+            )
             self._remark(f"stopped before the first word; {kept}")
             if self._decorated:
                 print()
@@ -238,11 +252,12 @@ class Chat:
     def _new(self) -> None:
         self._conversation.turns.clear()
         self._unanswered = None
+        self._images.clear()
         self._note(f"The conversation is forgotten.{self._end}")
 
     def _retry(self) -> None:
         if self._unanswered is not None:
-            self._ask(self._unanswered)
+            self._ask(*self._unanswered)
             return
         if not self._conversation.turns:
             raise RequestError("there is nothing to answer again")
@@ -276,6 +291,16 @@ class Chat:
         rows = [(each, spelled(getattr(talk.sampling, each))) for each in names if not name or each == name]
         self._note(aligned(rows, self._style) + self._end)
 
+    def _image(self, name: str) -> None:
+        from headrace.cli.conversation import attach
+
+        opened = self._conversation.opened
+        found = attach(opened, name, "/image")
+        self._images.append(found)
+        assert opened.limits.images is not None
+        tokens = found.prepared.tiles * opened.limits.images.tokens_per_tile
+        self._note(f"{printable(name)}, of {tokens} tokens, goes with the next message.{self._end}")
+
     def _stats(self) -> None:
         talk = self._conversation
         rows = []
@@ -300,7 +325,7 @@ class Chat:
         from headrace.cli.conversation import messages_of
 
         talk = self._conversation
-        messages: list[dict[str, object]] = [dict(each) for each in messages_of(talk.system, talk.turns, None)]
+        messages = messages_of(talk.system, talk.turns, None, to_save=True)
         for message, turn in zip((each for each in messages if each["role"] == "assistant"), talk.turns, strict=True):
             if turn.stopped:
                 message["stopped"] = True

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.core.errors import EngineError, InvalidParameter, RequestError, TemplateError
+from headrace.core.errors import EngineError, InvalidParameter, RequestError, TemplateError, UnsupportedParameter
 from headrace.core.types import FinishReason, SamplingParams, TokenEvent
 from headrace.engine.answer import Answer, Completion
+from headrace.engine.images import Picture
 
 if TYPE_CHECKING:
     from headrace.core.types import Event, Request
     from headrace.engine.core import EngineCore
     from headrace.engine.model import OpenModel
+    from headrace.media.prepare import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A picture that goes with a message: read once, however often the conversation is told anew."""
+
+    path: Path
+    prepared: Prepared
+
+    @property
+    def part(self) -> dict[str, object]:
+        return {"type": "image", "image": self.prepared}
+
+    @property
+    def saved(self) -> dict[str, object]:
+        """The part in a file of messages."""
+        return {"type": "image_url", "image_url": {"url": self.path.resolve().as_uri()}}
+
+
+def attach(opened: OpenModel, name: str, field: str) -> Attached:
+    """Reads a picture. Raises RequestError, which calls it `field`, also where the model reads none."""
+    if opened.images is None:
+        raise UnsupportedParameter(field, name, "none, since this model reads no images")
+    path = Path(name).expanduser()
+    return Attached(path, opened.images.prepare_one(Picture(path, field)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +52,8 @@ class Turn:
 
     user: str
     completion: Completion
+    images: tuple[Attached, ...] = ()
+    """They stand before the message's text."""
 
     @property
     def stopped(self) -> bool:
@@ -52,14 +82,23 @@ def check_system(opened: OpenModel, system: str | None) -> None:
     opened.encode(messages_of(system, [], "Hi"))
 
 
-def messages_of(system: str | None, turns: list[Turn], user: str | None) -> list[dict[str, str]]:
-    messages = [] if system is None else [{"role": "system", "content": system}]
+def messages_of(
+    system: str | None, turns: list[Turn], user: str | None, images: Sequence[Attached] = (), to_save: bool = False
+) -> list[dict[str, object]]:
+    """`user` and `images`: the message that is to be answered. `to_save`: pictures by their addresses."""
+    messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
-        messages.append({"role": "user", "content": turn.user})
+        messages.append({"role": "user", "content": _content(turn.user, turn.images, to_save)})
         messages.append({"role": "assistant", "content": turn.completion.text})
     if user is not None:
-        messages.append({"role": "user", "content": user})
+        messages.append({"role": "user", "content": _content(user, images, to_save)})
     return messages
+
+
+def _content(text: str, images: Sequence[Attached], to_save: bool) -> object:
+    if not images:
+        return text
+    return [*(one.saved if to_save else one.part for one in images), {"type": "text", "text": text}]
 
 
 class Conversation:
@@ -87,21 +126,28 @@ class Conversation:
         """Raises InvalidParameter."""
         self.sampling = replace(self.sampling, **{name: value})
 
-    def ask(self, user: str, show: Callable[[str], None], stopping: Callable[[], bool]) -> Turn | None:
-        """Answers a message. `show` gets the text as it comes; once `stopping` says so, the answer ends within a step.
+    def ask(
+        self,
+        user: str,
+        show: Callable[[str], None],
+        stopping: Callable[[], bool],
+        images: tuple[Attached, ...] = (),
+    ) -> Turn | None:
+        """Answers a message, its pictures before it. `show` gets the text as it comes; once `stopping` says so, the
+        answer ends within a step.
 
         The turn is kept, with what was said so far if it was stopped; None: it was stopped before a word was said,
         and is forgotten. Raises RequestError or EngineError; then nothing has changed.
         """
         self._asked += 1
         now_s = time.monotonic()
-        messages = messages_of(self.system, self.turns, user)
+        messages = messages_of(self.system, self.turns, user, images)
         adapter = next(iter(self.opened.adapters), "")
         request = self.opened.request(f"chat-{self._asked}", messages, self.sampling, now_s, adapter)
         completion = self._answer(request, Answer(0, request, self.opened.tokenizer, now_s), show, stopping)
         if completion.error is not None:
             raise self.core.error or EngineError(completion.error.message)
-        turn = Turn(user, completion)
+        turn = Turn(user, completion, images)
         if turn.stopped and not completion.text:
             return None
         self.turns.append(turn)
@@ -114,7 +160,7 @@ class Conversation:
         old = self.turns.pop()
         turn = None
         try:
-            turn = self.ask(old.user, show, stopping)
+            turn = self.ask(old.user, show, stopping, old.images)
         finally:
             if turn is None:
                 self.turns.append(old)

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="A prompt. Repeatable.")
     parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="A picture for the one prompt, in the place of an <image> in it, else before it. Repeatable.",
+    )
+    parser.add_argument(
         "--prompt-file",
         metavar="F.jsonl",
         help='One JSON object a line: {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with any '
@@ -58,24 +65,35 @@ def run(arguments: argparse.Namespace) -> int:
     if not lines:
         raise InvalidParameter("prompt", None, "at least one --prompt, or a --prompt-file that is not empty")
 
+    if arguments.image and (len(arguments.prompt) != 1 or len(lines) != 1):
+        raise InvalidParameter("--image", arguments.image[0], "beside one --prompt, and nothing else to answer")
+
     import_numpy(os.environ)
     from headrace.engine.model import OpenModel
 
     opened = OpenModel(EngineConfig(**given(arguments, EngineConfig)))
-    return Job(opened, lines, base, arguments.json, arguments.stats).run()
+    return Job(opened, lines, base, arguments.json, arguments.stats, arguments.image).run()
 
 
 class Job:
     """One call of the command: some prompts are refused at once, the others run together."""
 
     def __init__(
-        self, opened: OpenModel, lines: list[dict[str, Any]], base: Mapping[str, Any], as_json: bool, stats: bool
+        self,
+        opened: OpenModel,
+        lines: list[dict[str, Any]],
+        base: Mapping[str, Any],
+        as_json: bool,
+        stats: bool,
+        images: Sequence[str] = (),
     ) -> None:
+        """`images`: files, of the one prompt."""
         self._opened = opened
         self._lines = lines
         self._base = base
         self._as_json = as_json
         self._stats = stats
+        self._images = images
         self._waiting: dict[tuple[int, int], Completion] = {}
         self._due: deque[tuple[int, int]] = deque()
         """(line, choice) of what is still to be printed, in order."""
@@ -89,15 +107,18 @@ class Job:
         from headrace.sched.scheduler import SchedulerStats
 
         self._opened.begin()
-        good: list[tuple[int, tuple[int, ...], SamplingParams]] = []
+        good: list[tuple[int, Prompt, SamplingParams]] = []
         adapters: list[str] = []
         bad: list[Completion] = []
         for index, line in enumerate(self._lines):
             try:
                 prompt, sampling = parse_line(line, self._base)
+                if self._images:
+                    prompt = _with_images(prompt, self._images)
                 adapter = line.get(ADAPTER_KEY, "")
-                token_ids = self._opened.requests(str(index), prompt, sampling, adapter=adapter)[0].token_ids
-                good.append((index, token_ids, sampling))
+                request = self._opened.requests(str(index), prompt, sampling, adapter=adapter)[0]
+                # Images are read again when their turn comes: those of a whole file are not for the memory.
+                good.append((index, prompt if request.images else request.token_ids, sampling))
                 adapters.append(adapter)
                 self._answers.append(sampling.n)
             except RequestError as error:
@@ -116,7 +137,7 @@ class Job:
         print(f"headrace: error: {self._failures[0]}{more}", file=sys.stderr)
         return 1
 
-    def _answer(self, good: list[tuple[int, tuple[int, ...], SamplingParams]], adapters: list[str]) -> None:
+    def _answer(self, good: list[tuple[int, Prompt, SamplingParams]], adapters: list[str]) -> None:
         from dataclasses import replace
 
         from headrace.engine.llm import LLM
@@ -129,7 +150,7 @@ class Job:
             began_s = time.monotonic()
             shown = sys.stderr.isatty() and not (sys.stdout.isatty() and len(good) == 1)
             with progress_bar(sum(sampling.n for *_, sampling in good), shown) as advance:
-                for completion in llm.iterate([(ids, sampling) for _, ids, sampling in good], adapters):
+                for completion in llm.iterate([(prompt, sampling) for _, prompt, sampling in good], adapters):
                     advance(completion)
                     self._show(replace(completion, index=good[completion.index][0]))
             if self._stats:
@@ -172,6 +193,13 @@ class Job:
             print(json.dumps({"stats": stats}), flush=True)
         else:
             print("\n".join(f"{name:>16}  {value}" for name, value in stats.items()), file=sys.stderr)
+
+
+def _with_images(prompt: Prompt, names: Sequence[str]) -> Prompt:
+    from headrace.engine.images import ImagePrompt
+
+    assert isinstance(prompt, str)
+    return ImagePrompt(prompt, [Path(name) for name in names], ["--image"] * len(names))
 
 
 def to_json(completion: Completion) -> dict[str, Any]:

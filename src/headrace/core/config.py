@@ -10,6 +10,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("auto", "avx512", "avx2", "portable")
 QUANTS = ("auto", "none", "stored", "int8", "int4")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+PROMPT_FORMS = ("auto", "chatml", "mpt", "train", "cli", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,17 @@ class EngineConfig:
         default=(), metadata={"flag": "adapter", "metavar": "NAME=FOLDER"}
     )
     """A LoRA adapter that requests may choose by NAME; FOLDER is as peft saves it."""
+    prompt_form: str = "auto"
+    """How a model that sees is told a conversation: auto (its chat template, else as its config says), chatml or mpt
+    (NVLM-D, InternVL: with or without a newline after each turn), train, cli or raw (Open-Qwen2VL)."""
+    max_images: int = 32
+    """Most images of one request."""
+    max_image_mib: int = 20
+    """Most MiB of one image's file."""
+    allow_image_urls: bool = False
+    """Fetch images that requests name by http: and https: addresses; never from private networks."""
+    image_folder: str = ""
+    """Folder from which requests may name images by file: URLs; empty: none may."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 HeadraceError                     500 internal_error
 ├── RequestError                  400 bad_request            this request is at fault
 │   ├── InvalidParameter          400 invalid_parameter
+│   │   ├── InvalidImage          400 invalid_image          not a picture, too large, or not to be fetched
 │   │   ├── InvalidCustomId       400 invalid_custom_id      (this and those below: of a line of a batch)
 │   │   ├── DuplicateCustomId     400 duplicate_custom_id
 │   │   ├── InvalidMethod         400 invalid_method
@@ -87,6 +88,12 @@ class InvalidParameter(RequestError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field}: got {shorten(value)}, allowed: {allowed}")
         self.field = field
+
+
+class InvalidImage(InvalidParameter):
+    """A picture that cannot be decoded, is too large, or may not be fetched."""
+
+    code = "invalid_image"
 
 
 class UnknownParameter(RequestError):

@@ -10,6 +10,7 @@ from headrace.core.config import (
     DTYPES,
     INSTRUCTION_SETS,
     KV_DTYPES,
+    PROMPT_FORMS,
     QUANTS,
     EngineConfig,
     Hardware,
@@ -48,6 +49,7 @@ def check_config(config: EngineConfig) -> None:
         "quant": QUANTS,
         "kv_dtype": KV_DTYPES,
         "instruction_set": INSTRUCTION_SETS,
+        "prompt_form": PROMPT_FORMS,
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -59,14 +61,19 @@ def check_config(config: EngineConfig) -> None:
         "max_num_batched_tokens": (config.max_num_batched_tokens, 1, 2**20),
         "block_size": (config.block_size, 1, 256),
         "kv_cache_mib": (config.kv_cache_mib, 1, 2**24),
+        "max_images": (config.max_images, 1, 1024),
+        "max_image_mib": (config.max_image_mib, 1, 1024),
     }
     for name, (value, low, high) in limits.items():
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InvalidParameter(name, value, f"an integer from {low} to {high}")
-    if not isinstance(config.prefix_cache, bool):
-        raise InvalidParameter("prefix_cache", config.prefix_cache, "true or false")
+    for name in ("prefix_cache", "allow_image_urls"):
+        if not isinstance(getattr(config, name), bool):
+            raise InvalidParameter(name, getattr(config, name), "true or false")
+    if not isinstance(config.image_folder, str) or "\0" in config.image_folder:
+        raise InvalidParameter("image_folder", config.image_folder, "the path of a folder")
     parse_adapters(config.adapters)
 
 
@@ -85,7 +92,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware, packed: b
         choose(name, None if getattr(config, name) == "auto" else value, value, reason)
         return value
 
-    backend = choose_named("backend", *choose_backend(config, hardware))
+    backend = choose_named("backend", *choose_backend(config, hardware, spec.vision is not None))
     plain = "float32" if config.dtype == "auto" else config.dtype
     dtype = choose_named("dtype", plain, _DTYPE_REASON[backend])
     quant = choose_named("quant", *_quant(config, backend))
@@ -142,9 +149,15 @@ def resolve(config: EngineConfig, spec: ModelSpec, hardware: Hardware, packed: b
     )
 
 
-def choose_backend(config: EngineConfig, hardware: Hardware) -> tuple[str, str]:
-    """(backend, why). Raises BackendUnavailable, saying what to install."""
+def choose_backend(config: EngineConfig, hardware: Hardware, sees: bool = False) -> tuple[str, str]:
+    """(backend, why). `sees`: the model reads images. Raises ConfigError, or BackendUnavailable saying what to get."""
     installed = hardware.backends
+    if sees and config.backend == "native":
+        raise ConfigError("backend: got 'native', allowed for a model that reads images: auto, torch")
+    if sees and config.backend == "auto":
+        if "torch" not in installed:
+            raise BackendUnavailable(f"this model reads images, which needs the backend torch: {INSTALL['torch']}")
+        return "torch", "the one that reads images"
     if config.backend != "auto":
         if config.backend not in installed:
             raise BackendUnavailable(f"backend: {config.backend} is not installed: {INSTALL[config.backend]}")

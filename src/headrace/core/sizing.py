@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from headrace.core.spec import ModelSpec
+from headrace.core.spec import EncoderSpec, LayerSpec, ModelSpec, NormSpec, ProjectorSpec
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4
@@ -47,3 +49,234 @@ def stored_bytes(numbers: Mapping[str, int]) -> int:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
+
+
+# ---------------------------------------------------------------- weights
+
+
+WEIGHT_FORMS: Mapping[str, str] = {
+    "bf16": "16 bits a number",
+    "fp8": "linear layers of the decoder 8 bits a number and a 32-bit scale a row, the rest bf16",
+    "int4": "linear layers of the decoder 4 bits a number and a 16-bit scale for each 128 columns, the rest bf16",
+}
+"""How weights may be held; the vision side, embedding, head and norms stay bf16, as published checkpoints have it."""
+INT4_GROUP = 128
+CHANNELS = 3
+"""Of a pixel."""
+MIB = 2**20
+Cut = Literal["rows", "cols", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """`count` weights of one shape. A vector has one column."""
+
+    rows: int
+    cols: int = 1
+    cut: Cut = "none"
+    """Along which of the two tensor parallelism deals it out; none: each GPU holds all of it."""
+    linear: bool = False
+    """Whether quantised forms pack it."""
+    count: int = 1
+
+    @property
+    def numbers(self) -> int:
+        return self.rows * self.cols * self.count
+
+    def nbytes(self, form: str, gpus: int = 1) -> int:
+        """Of one of `gpus`, which deal it out evenly (rounded up)."""
+        rows, cols = self.rows, self.cols
+        if self.cut == "rows":
+            rows = -(-rows // gpus)
+        elif self.cut == "cols":
+            cols = -(-cols // gpus)
+        if not self.linear or form == "bf16":
+            each = 2 * rows * cols
+        elif form == "fp8":
+            each = rows * cols + 4 * rows
+        else:
+            each = -(-rows * cols // 2) + 2 * rows * -(-cols // INT4_GROUP)
+        return each * self.count
+
+
+def layer_weights(layer: LayerSpec, hidden: int) -> Iterator[Matrix]:
+    """One layer of the decoder."""
+    attention, mlp = layer.attention, layer.mlp
+    queries = attention.heads * attention.head_dim
+    keys = attention.kv_heads * attention.head_dim
+    for rows in (queries, keys, keys):
+        yield from _linear(rows, hidden, attention.qkv_bias, "rows", linear=True)
+    yield from _linear(hidden, queries, attention.o_bias, "cols", linear=True)
+    yield from _norms(attention.q_norm, attention.k_norm)
+    experts = mlp.experts
+    if experts is None:
+        yield from _mlp(mlp.gated, hidden, mlp.intermediate, mlp.bias, 1)
+    else:
+        yield Matrix(experts.num_experts, hidden)
+        yield from _mlp(mlp.gated, hidden, experts.intermediate, mlp.bias, experts.num_experts)
+        if experts.shared_intermediate is not None:
+            yield from _mlp(mlp.gated, hidden, experts.shared_intermediate, mlp.bias, 1)
+    norms = layer.norms
+    yield from _norms(norms.pre_attn, norms.post_attn, norms.pre_mlp, norms.post_mlp)
+
+
+def end_weights(spec: ModelSpec) -> Iterator[Matrix]:
+    """Embedding, final norm and head."""
+    table = Matrix(spec.vocab_size, spec.hidden_size, "rows")
+    yield table
+    if spec.embedding.learned_positions is not None:
+        yield Matrix(spec.embedding.learned_positions[1], spec.hidden_size)
+    yield from _norms(spec.final_norm)
+    if not spec.embedding.tied:
+        yield table
+    if spec.head.bias:
+        yield Matrix(spec.vocab_size, cut="rows")
+
+
+def encoder_weights(encoder: EncoderSpec, stored: bool = True) -> Iterator[Matrix]:
+    """The vision tower. `stored`: with its dummy heads, as the checkpoint holds them; else as it is computed."""
+    hidden = encoder.hidden_size
+    heads = encoder.heads + (encoder.dummy_heads if stored else 0)
+    width = heads * encoder.head_dim
+    yield from _linear(hidden, CHANNELS * encoder.patch_size**2, True, "none")
+    positions = (encoder.stored_grid or encoder.grid) ** 2
+    if encoder.class_token:
+        positions += 1
+        yield Matrix(hidden)
+    yield Matrix(positions, hidden)
+    block = [
+        *_linear(3 * width, hidden, encoder.qkv_bias, "rows"),
+        *_linear(hidden, width, True, "cols"),
+        *_linear(encoder.intermediate, hidden, True, "rows"),
+        *_linear(hidden, encoder.intermediate, True, "cols"),
+        *_norms(encoder.norm, encoder.norm),
+    ]
+    if encoder.qk_norm is not None:
+        block += [Matrix(width), Matrix(width)]
+    if encoder.layer_scale:
+        block += [Matrix(hidden), Matrix(hidden)]
+    yield from _times(encoder.layers, block)
+
+
+def projector_weights(projector: ProjectorSpec, hidden: int) -> Iterator[Matrix]:
+    """`hidden`: of the decoder."""
+    yield from _norms(projector.norm)
+    yield from _linear(projector.intermediate, projector.width, projector.bias, "rows")
+    yield from _linear(hidden, projector.intermediate, projector.bias, "cols")
+
+
+def parameters(spec: ModelSpec, stored: bool = True) -> int:
+    """Numbers in all of the model's weights: decoder, vision tower, projector. `stored`: as in `encoder_weights`."""
+    return sum(matrix.numbers for matrix in _all_weights(spec, stored))
+
+
+def weight_bytes(spec: ModelSpec, form: str = "bf16") -> int:
+    """Of the whole model in one of `WEIGHT_FORMS`."""
+    return sum(matrix.nbytes(form) for matrix in _all_weights(spec))
+
+
+def layer_devices(layers: int, gpus: int) -> tuple[int, ...]:
+    """The GPU of each layer where the first one also holds the vision side, embedding, norm and head, and so counts as
+    half a GPU: the placement that NVLM-D and InternVL publish as `split_model`. The last layer is on GPU 0 again."""
+    each = -(-2 * layers // (2 * gpus - 1))
+    first = -(-each // 2)
+    devices = [0 if index < first else 1 + (index - first) // each for index in range(layers)]
+    return (*devices[:-1], 0) if gpus > 1 else (0,) * layers
+
+
+def placement(layers: int, gpus: int) -> tuple[int, ...]:
+    """Layers on each GPU by `layer_devices`, the last one counted on GPU 0."""
+    devices = layer_devices(layers, gpus)
+    return tuple(devices.count(gpu) for gpu in range(gpus))
+
+
+def split_bytes(spec: ModelSpec, form: str, gpus: int) -> tuple[int, ...]:
+    """Bytes of weights on each GPU where whole layers are placed by `layer_devices`."""
+    held = [0] * gpus
+    for layer, gpu in zip(spec.layers, layer_devices(len(spec.layers), gpus), strict=True):
+        held[gpu] += sum(matrix.nbytes(form) for matrix in layer_weights(layer, spec.hidden_size))
+    held[0] += sum(matrix.nbytes(form) for matrix in (*end_weights(spec), *_vision_weights(spec)))
+    return tuple(held)
+
+
+def tensor_parallel_bytes(spec: ModelSpec, form: str, gpus: int) -> int | None:
+    """Bytes of weights on each of `gpus` that deal out every layer; None where its heads are not dealt out evenly.
+
+    A vision tower whose heads (dummy ones too) are not either is whole on each of them.
+    """
+    attentions = [layer.attention for layer in spec.layers]
+    if any(attention.heads % gpus or attention.kv_heads % gpus for attention in attentions):
+        return None
+    decoder = [matrix for layer in spec.layers for matrix in layer_weights(layer, spec.hidden_size)]
+    held = sum(matrix.nbytes(form, gpus) for matrix in (*decoder, *end_weights(spec)))
+    if spec.vision is not None:
+        encoder = spec.vision.encoder
+        even = (encoder.heads + encoder.dummy_heads) % gpus == 0
+        held += sum(matrix.nbytes(form, gpus if even else 1) for matrix in encoder_weights(encoder))
+        held += sum(matrix.nbytes(form, gpus) for matrix in projector_weights(spec.vision.projector, spec.hidden_size))
+    return held
+
+
+def weights_table(
+    spec: ModelSpec, gpus: Sequence[int] = (1, 4, 6, 8), forms: Sequence[str] = ("bf16", "fp8", "int4")
+) -> str:
+    """The bytes of weights on each GPU as text, in MiB: a line for each form and number of GPUs."""
+    total = parameters(spec)
+    lines = [f"{spec.name}: {total:,} parameters; weights on each GPU in MiB"]
+    lines += [f"  {form}: {WEIGHT_FORMS[form]}" for form in forms]
+    lines.append(f"{'form':<6}{'GPUs':>5}  {'tensor parallel':>15}  whole layers, GPU 0 first")
+    for form in forms:
+        for count in gpus:
+            each = tensor_parallel_bytes(spec, form, count)
+            shown = "heads uneven" if each is None else _mib(each)
+            lines.append(f"{form:<6}{count:>5}  {shown:>15}  {_listed(split_bytes(spec, form, count))}")
+    return "\n".join(lines)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    """`32,547 / 25,111 x4 / 18,415`: equal neighbours are counted."""
+    runs: list[tuple[str, int]] = []
+    for size in map(_mib, sizes):
+        count = runs.pop()[1] if runs and runs[-1][0] == size else 0
+        runs.append((size, count + 1))
+    return " / ".join(size if count == 1 else f"{size} x{count}" for size, count in runs)
+
+
+def _mib(size: int) -> str:
+    return f"{round(size / MIB):,}"
+
+
+def _all_weights(spec: ModelSpec, stored: bool = True) -> Iterator[Matrix]:
+    for layer in spec.layers:
+        yield from layer_weights(layer, spec.hidden_size)
+    yield from end_weights(spec)
+    yield from _vision_weights(spec, stored)
+
+
+def _vision_weights(spec: ModelSpec, stored: bool = True) -> Iterator[Matrix]:
+    if spec.vision is not None:
+        yield from encoder_weights(spec.vision.encoder, stored)
+        yield from projector_weights(spec.vision.projector, spec.hidden_size)
+
+
+def _linear(rows: int, cols: int, bias: bool, cut: Cut, linear: bool = False) -> Iterator[Matrix]:
+    """A weight, and a bias: cut with the rows, else whole on each GPU."""
+    yield Matrix(rows, cols, cut, linear)
+    if bias:
+        yield Matrix(rows, cut="rows" if cut == "rows" else "none")
+
+
+def _mlp(gated: bool, hidden: int, inner: int, bias: bool, count: int) -> Iterator[Matrix]:
+    """`count`: how many of them there are (experts)."""
+    up = [*_linear(inner, hidden, bias, "rows", linear=True)] * (2 if gated else 1)
+    yield from _times(count, (*up, *_linear(hidden, inner, bias, "cols", linear=True)))
+
+
+def _times(count: int, matrices: Iterable[Matrix]) -> Iterator[Matrix]:
+    return (replace(matrix, count=count * matrix.count) for matrix in matrices)
+
+
+def _norms(*norms: NormSpec | None) -> Iterator[Matrix]:
+    for norm in norms:
+        if norm is not None:
+            yield Matrix(norm.width, count=2 if norm.bias else 1)

@@ -144,6 +144,9 @@ class EncoderSpec:
     """A learned row before the patches, left out of the features (InternViT); SigLIP has none."""
     layer_scale: bool = True
     """A learned factor for each channel that attention and MLP add to the residual stream (InternViT)."""
+    dummy_heads: int = 0
+    """Heads of zeros that the checkpoint holds behind the real ones of q, k and v, so that eight GPUs can share them
+    (NVLM-D). Nothing computes them, and they are not loaded."""
     stored_grid: int | None = None
     """Patches on a side that the stored positions are for, where those of a tile are others: they are interpolated
     (bicubic, all but the class token's). None: those of a tile."""

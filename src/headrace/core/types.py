@@ -22,6 +22,9 @@ MAX_INT = 2**63 - 1
 MAX_N = 128
 """Most answers to one prompt (the bound of the OpenAI routes)."""
 
+MAX_PIXEL_BYTES = 2**27
+"""Most bytes of pixels in one request: some 200 tiles of 448 × 448, more than a context of 32k tokens has room for."""
+
 
 def _require_int(name: str, value: object, low: int, high: int | None, note: str = "") -> None:
     bounds = f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}"
@@ -227,6 +230,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a model that sees takes."""
+
+    token_id: int
+    """Of the placeholder."""
+    tokens_per_tile: int
+    tile_size: int
+    """Pixels on a side of a tile."""
+    most: int
+    """Images of one request."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLimits:
     """What the loaded model allows; `validate` holds every request against it before any work."""
 
@@ -235,6 +251,8 @@ class EngineLimits:
     """Most tokens of prompt and answer together."""
     adapters: frozenset[str] = frozenset()
     """Names of the LoRA adapters that are loaded."""
+    images: ImageLimits | None = None
+    """None: the model reads no images."""
 
 
 # ---------------------------------------------------------------- control plane → backend

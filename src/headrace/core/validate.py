@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from headrace.core.errors import ContextLengthExceeded, EmptyPrompt, InvalidParameter
-from headrace.core.types import EngineLimits, Request
+import re
+from collections.abc import Sequence
+
+from headrace.core.errors import ContextLengthExceeded, EmptyPrompt, InvalidImage, InvalidParameter
+from headrace.core.types import MAX_PIXEL_BYTES, EngineLimits, ImageLimits, ImageSpan, Request
+
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def validate(request: Request, limits: EngineLimits) -> None:
@@ -36,6 +41,8 @@ def validate(request: Request, limits: EngineLimits) -> None:
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
                 raise InvalidParameter(name, token_id, f"integers from 0 to {limits.vocab_size - 1}")
+    if request.images:
+        _check_images(request.token_ids, request.images, limits.images)
     room = limits.max_model_len - count
     if sampling.min_tokens > room:
         raise InvalidParameter(
@@ -49,3 +56,40 @@ def validate(request: Request, limits: EngineLimits) -> None:
         if never.issuperset(sampling.allowed_token_ids):
             what = "an id that neither bad_words nor, with min_tokens, the stop ids forbid"
             raise InvalidParameter("allowed_token_ids", sampling.allowed_token_ids, what)
+
+
+def _check_images(token_ids: Sequence[int], images: Sequence[ImageSpan], limits: ImageLimits | None) -> None:
+    """Laws 1 and 2 of docs/CONTRACTS.md §6."""
+    if limits is None:
+        raise InvalidParameter("images", len(images), "none, since this model reads no images")
+    if len(images) > limits.most:
+        raise InvalidImage("images", f"{len(images)} images", f"at most {limits.most}")
+    pixels = sum(len(image.pixels) for image in images)
+    if pixels > MAX_PIXEL_BYTES:
+        raise InvalidImage("images", f"{pixels} bytes of pixels", f"up to {MAX_PIXEL_BYTES} in one request")
+    before = 0
+    for index, image in enumerate(images):
+        _check_image(token_ids, image, limits, f"images[{index}]", before)
+        before = image.start + image.length
+
+
+def _check_image(token_ids: Sequence[int], image: ImageSpan, limits: ImageLimits, where: str, before: int) -> None:
+    """`before`: where the image before it ends."""
+    for name, value, low in (("start", image.start, before), ("length", image.length, 1), ("tiles", image.tiles, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InvalidParameter(f"{where}.{name}", value, f"an integer ≥ {low}")
+    stop = image.start + image.length
+    if stop > len(token_ids):
+        raise InvalidParameter(f"{where}.length", image.length, f"up to the prompt's end, {len(token_ids)}")
+    span = token_ids[image.start : stop]
+    wanted, found = image.tiles * limits.tokens_per_tile, span.count(limits.token_id)
+    if found != wanted:
+        allowed = f"{wanted}, {limits.tokens_per_tile} for each of its {image.tiles} tiles"
+        raise InvalidParameter(where, f"{found} placeholder tokens", allowed)
+    if span[0] != limits.token_id or span[-1] != limits.token_id:
+        raise InvalidParameter(where, f"{image.start} to {stop - 1}", "a span from its first placeholder to its last")
+    size = image.tiles * limits.tile_size**2 * 3 * (4 if image.normalised else 1)
+    if len(image.pixels) != size:
+        raise InvalidParameter(f"{where}.pixels", f"{len(image.pixels)} bytes", f"{size} for its tiles")
+    if not _HASH.fullmatch(image.hash):
+        raise InvalidParameter(f"{where}.hash", image.hash, "64 hexadecimal digits, of SHA-256")

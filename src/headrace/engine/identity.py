@@ -53,6 +53,7 @@ def identify_model(opened: OpenModel) -> ModelIdentity:
         "instruction_set": config.instruction_set,
         "threads": config.threads,
         "max_model_len": config.max_model_len,
+        **({} if opened.requested.prompt_form == "auto" else {"prompt_form": opened.requested.prompt_form}),
         "adapters": {adapter.name: adapter.fingerprint for adapter in opened.adapters.values()},
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,9 @@ Every frame is one of the structs below. Nothing in a frame names code, so that 
 
 from __future__ import annotations
 
+import select
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,10 @@ from headrace.core.metrics import EngineStats
 from headrace.core.types import ErrorEvent, Event, FinishEvent, FinishReason, Request, TokenEvent, TokenLogprobs
 
 MAX_FRAME = 2**28
-"""Bytes. A frame of a step of 256 rows with 20 log-probabilities has about 200 kB, a request of 128k tokens 600 kB."""
+"""Bytes. A frame of a step of 256 rows with 20 log-probabilities has about 200 kB, a request of 128k tokens 600 kB, one
+with images up to `core.types.MAX_PIXEL_BYTES` more."""
+REST_S = 0.01
+"""Seconds that a step may wait for the rest of a frame; an image of seven tiles (4 MB) takes about half of that."""
 _HEAD = 4
 _CHUNK = 2**18
 
@@ -131,10 +136,12 @@ def unpack_event(event: Tokens | Ended | Failed) -> Event:
     return ErrorEvent(event.id, event.code, event.message, event.time_s)
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
-    """One frame, with its length before it."""
-    data = msgspec.msgpack.encode(message)
-    return len(data).to_bytes(_HEAD, "big") + data
+def encode(message: ToEngine | FromEngine) -> bytearray:
+    """One frame, with its length before it. Pixels are copied once."""
+    frame = bytearray(_HEAD)
+    msgspec.msgpack.Encoder().encode_into(message, frame, _HEAD)
+    frame[:_HEAD] = (len(frame) - _HEAD).to_bytes(_HEAD, "big")
+    return frame
 
 
 class Reader:
@@ -157,13 +164,23 @@ class Reader:
             stop = start + _HEAD + count
             if len(buffer) < stop:
                 break
-            try:
-                frames.append(self._decoder.decode(bytes(buffer[start + _HEAD : stop])))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise EngineError(f"a frame that is none: {error}") from None
+            # A view: the decoder makes its own copy of pixels. It is released before the buffer may change.
+            with memoryview(buffer) as whole, whole[start + _HEAD : stop] as frame:
+                frames.append(self._decode(frame))
             start = stop
         del buffer[:start]
         return frames
+
+    def _decode(self, frame: memoryview) -> Any:
+        try:
+            return self._decoder.decode(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineError(f"a frame that is none: {error}") from None
+
+    @property
+    def partial(self) -> bool:
+        """Whether a part of a frame has come, and not the rest."""
+        return bool(self._buffer)
 
 
 class Channel:
@@ -179,6 +196,11 @@ class Channel:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def partial(self) -> bool:
+        """Whether a part of a frame has come, and not the rest."""
+        return self._reader.partial
 
     @property
     def has_unsent(self) -> bool:
@@ -201,7 +223,9 @@ class Channel:
             del self._unsent[:sent]
 
     def receive(self) -> Iterator[Any]:
-        """What has come; does not wait."""
+        """What has come. Waits only for the rest of a frame that is on its way, and not for long: the socket holds a
+        small part of an image, and one part a step would make it late."""
+        until_s = None
         while not self.closed:
             try:
                 data = self._socket.recv(_CHUNK)
@@ -213,5 +237,10 @@ class Channel:
                 self.closed = True
                 return
             yield from self._reader.feed(data)
-            if len(data) < _CHUNK:
+            if self.partial:
+                now_s = time.monotonic()
+                until_s = now_s + REST_S if until_s is None else until_s
+                if now_s >= until_s or not select.select([self._socket], [], [], until_s - now_s)[0]:
+                    return
+            elif len(data) < _CHUNK:
                 return

@@ -5,20 +5,25 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import EngineError, InvalidParameter, RequestError
-from headrace.core.types import SamplingParams, TokenEvent
+from headrace.core.types import Request, SamplingParams, TokenEvent
 from headrace.engine.answer import Answer, Completion, refused
 from headrace.engine.client import InProcessClient
+from headrace.engine.images import Encoded, ImagePrompt, is_message_list
 from headrace.engine.model import Message, OnProgress, OpenModel, Prompt
 from headrace.engine.progress import progress_bar
 from headrace.sched.scheduler import SchedulerStats
 
 __all__ = ["LLM", "Completion"]
+
+MOST_PIXEL_BYTES = 2**28
+"""Of pixels of one call's unfinished requests, before the next of its prompts is read."""
 
 
 class LLM:
@@ -67,19 +72,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        images: object = None,
         adapter: str | Sequence[str] = "",
         progress: bool | None = None,
         **fields: Any,
     ) -> list[Completion]:
         """Answers one prompt or many, together, in the order given; of `n` answers to a prompt, one after the other.
 
-        A prompt is text, a list of token ids, or a list of messages. `sampling` holds for all prompts, or is one
-        a prompt; its fields can be given by name instead. `adapter` names the LoRA adapter that answers, for all or one
-        a prompt (empty: the model itself). What is wrong with one prompt is the `error` of its completion; the others
-        are answered. `progress`: a bar on stderr (None: if that is a terminal).
+        A prompt is text, a list of token ids, or a list of messages. `images`: the picture of the one prompt or a list
+        of them, or for each of many prompts such a list (None: none); each `<image>` in a text is the place of one, and
+        a text without any gets them first (see `ImagePrompt`). Messages hold theirs as parts. `sampling` holds for all
+        prompts, or is one a prompt; its fields can be given by name instead. `adapter` names the LoRA adapter that
+        answers, for all or one a prompt (empty: the model itself). What is wrong with one prompt is the `error` of its
+        completion; the others are answered. `progress`: a bar on stderr (None: if that is a terminal).
         Raises InvalidParameter for wrong sampling fields, EngineError if the engine has ended.
         """
-        many = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
+        many = cast("list[Prompt]", [prompts] if is_single(prompts) else list(cast("Sequence[Prompt]", prompts)))
+        if images is not None:
+            many = with_images(many, [images] if is_single(prompts) else images)
         each = sampling_for(len(many), sampling, fields)
         adapters = adapters_for(len(many), adapter)
         shown = progress if progress is not None else sys.stderr.isatty()
@@ -99,7 +109,12 @@ class LLM:
         progress: bool | None = None,
         **fields: Any,
     ) -> list[Completion]:
-        """Like `generate`, for one conversation or many: messages of the form {"role": …, "content": …}."""
+        """Like `generate`, for one conversation or many: messages of the form {"role": …, "content": …}.
+
+        The content is a text or a list of parts, in order: {"type": "text", "text": …}, {"type": "image", "image": …}
+        with the bytes of a file, a PIL image, a uint8 array (height, width, 3) or a Path, and {"type": "image_url",
+        "image_url": {"url": …}} with a data: URL, or another that the settings allow.
+        """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise InvalidParameter("messages", messages, "a list of messages, or a list of such lists")
         prompts = cast("Sequence[Prompt]", messages)
@@ -119,19 +134,24 @@ class LLM:
         client = self._running_client()
         tokenizer = self._opened.tokenizer if self._opened.has_text else None
         live: dict[str, Answer] = {}
+        waiting = deque(enumerate(asked))
+        held_bytes = 0
         try:
-            for index, (prompt, sampling) in enumerate(asked):
-                self._count += 1
-                now_s = time.monotonic()
-                try:
-                    requests = self._opened.requests(f"llm-{self._count}", prompt, sampling, now_s, adapters[index])
-                except RequestError as error:
-                    yield from (refused(index, error, choice) for choice in range(sampling.n))
-                    continue
-                for choice, request in enumerate(requests):
-                    live[request.id] = Answer(index, request, tokenizer, now_s, choice)
-                    client.submit(request)
-            while live:
+            while waiting or live:
+                # Texts all come at once; of pictures, not more are in memory than the batch has use for.
+                while waiting and held_bytes < MOST_PIXEL_BYTES:
+                    index, (prompt, sampling) = waiting.popleft()
+                    self._count += 1
+                    now_s = time.monotonic()
+                    try:
+                        requests = self._opened.requests(f"llm-{self._count}", prompt, sampling, now_s, adapters[index])
+                    except RequestError as error:
+                        yield from (refused(index, error, choice) for choice in range(sampling.n))
+                        continue
+                    for choice, request in enumerate(requests):
+                        live[request.id] = Answer(index, request, tokenizer, now_s, choice)
+                        held_bytes += _pixel_bytes(request)
+                        client.submit(request)
                 for event in client.poll():
                     answer = live.get(event.request_id)
                     if answer is None:
@@ -141,6 +161,7 @@ class LLM:
                             client.finish(event.request_id, num_output)
                     else:
                         del live[event.request_id]
+                        held_bytes -= _pixel_bytes(answer.request)
                         yield answer.end(event)
         finally:
             for request_id in live:
@@ -186,11 +207,32 @@ def make_sampling(fields: Mapping[str, Any]) -> SamplingParams:
 
 def is_single(prompts: object) -> bool:
     """Whether this is one prompt: text, ids or messages, and not a list of such."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | ImagePrompt | Encoded):
         return True
     if not isinstance(prompts, Sequence):
         raise InvalidParameter("prompts", prompts, "a prompt or a list of prompts")
     return bool(prompts) and all(isinstance(part, int | Mapping) for part in prompts)
+
+
+def with_images(prompts: Sequence[Prompt], images: object) -> list[Prompt]:
+    """Each prompt with its images: None, one of them, or a list."""
+    if not isinstance(images, list | tuple) or len(images) != len(prompts):
+        got = f"{len(images)} of them" if isinstance(images, list | tuple) else type(images).__name__
+        raise InvalidParameter("images", got, f"a list of images, or None, for each of the {len(prompts)} prompts")
+    found: list[Prompt] = []
+    for prompt, own in zip(prompts, images, strict=True):
+        if own is None:
+            found.append(prompt)
+            continue
+        if isinstance(prompt, ImagePrompt | Encoded) or is_message_list(prompt):
+            allowed = "none beside messages, which hold images as parts of their content"
+            raise InvalidParameter("images", type(own).__name__, allowed)
+        found.append(ImagePrompt(cast("str | Sequence[int]", prompt), own if isinstance(own, list | tuple) else [own]))
+    return found
+
+
+def _pixel_bytes(request: Request) -> int:
+    return sum(len(image.pixels) for image in request.images)
 
 
 def sampling_for(

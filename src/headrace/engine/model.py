@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from headrace.backends.base import Backend, BackendOptions, ReadsAhead
 from headrace.core.adapters import parse_adapters
@@ -25,6 +25,7 @@ from headrace.core.errors import (
     HeadraceError,
     InvalidParameter,
     RequestError,
+    UnsupportedParameter,
 )
 from headrace.core.resolve import INSTALL, check_config, resolve
 from headrace.core.spec import WeightMap
@@ -32,6 +33,15 @@ from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
 from headrace.core.validate import validate
 from headrace.engine.core import EngineCore
 from headrace.engine.hardware import NEEDS, probe_hardware
+from headrace.engine.images import (
+    Encoded,
+    ImagePrompt,
+    ImageReader,
+    choose_frame,
+    image_parts,
+    is_message_list,
+    refuse_images,
+)
 from headrace.models.registry import describe
 from headrace.parallel.mesh import Mesh
 from headrace.sched.policy import parse_policy
@@ -48,8 +58,9 @@ if TYPE_CHECKING:
     from headrace.weights.lora import Adapter
 
 Message = Mapping[str, object]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text (continued as it is), token ids, or chat messages (put through the model's template)."""
+Prompt = str | Sequence[int] | Sequence[Message] | ImagePrompt | Encoded
+"""Text (continued as it is), token ids, chat messages (put through the model's template), a text with pictures, or what
+`OpenModel.encode_prompt` has made of one of these."""
 OnProgress = Callable[[float], None]
 """Hears which share of the weights has been read, 0 to 1."""
 SAMPLE_CHARACTERS = 16
@@ -82,14 +93,21 @@ class OpenModel:
         parse_policy(config.policy)
         self.requested = config
         self.checkpoint = checkpoint = open_checkpoint(locate(config.model))
-        description = describe(checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector)
+        self._frame, self._frame_wins = choose_frame(checkpoint.config, config.prompt_form)
+        description = describe(
+            checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector, self._token_id
+        )
         self.spec = description.spec
         self._weight_map = description.weight_map
         self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware(), checkpoint.is_packed)
         self.adapters = self._read_adapters(description.adapter_map)
         self._begun: _Load | None = None
         self._begin_s = 0.0
-        self.limits = EngineLimits(self.spec.vocab_size, self.config.max_model_len, frozenset(self.adapters))
+        longest, vision = self.config.max_model_len, self.spec.vision
+        self.images = None if vision is None else ImageReader(vision, config, longest)
+        """Reads the pictures of prompts; None: the model reads none."""
+        seen = None if self.images is None else self.images.limits
+        self.limits = EngineLimits(self.spec.vocab_size, longest, frozenset(self.adapters), seen)
 
     def _read_adapters(self, adapter_map: WeightMap) -> Mapping[str, Adapter]:
         folders = parse_adapters(self.requested.adapters)
@@ -110,7 +128,15 @@ class OpenModel:
         if not self.has_text:
             where = "tokenizer.ggml.model" if self.checkpoint.format == "gguf" else "tokenizer.json"
             raise RequestError(f"this model has no tokenizer ({where} is missing): give prompt_token_ids, and no stop")
-        return load_tokenizer(self.checkpoint)
+        found = load_tokenizer(self.checkpoint)
+        if self._frame is not None and (self._frame_wins or found.chat_template is None):
+            found.chat_template = self._frame
+        return found
+
+    def _token_id(self, text: str) -> int | None:
+        """Of a token by its text."""
+        found: int | None = self.tokenizer.raw.token_to_id(text) if self.has_text else None
+        return found
 
     def vocabulary(self) -> Vocabulary:
         """Every token in bytes, for grammars. Raises RequestError if the model comes without a tokenizer."""
@@ -134,17 +160,38 @@ class OpenModel:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any kind. Raises RequestError."""
+        return self.encode_prompt(prompt).token_ids
+
+    def encode_prompt(self, prompt: Prompt) -> Encoded:
+        """Token ids of a prompt of any kind, and its images. Raises RequestError."""
+        if isinstance(prompt, Encoded):
+            return prompt
+        if isinstance(prompt, ImagePrompt):
+            if self.images is not None:
+                return self.images.encode_prompt(prompt, self.encode_text)
+            if prompt.images:
+                raise UnsupportedParameter("images", f"{len(prompt.images)} images", "none: this model reads no images")
+            return self.encode_prompt(prompt.prompt)
         if isinstance(prompt, str):
-            return tuple(self.encode_text(prompt))
+            return Encoded(tuple(self.encode_text(prompt)))
         allowed = "text, a list of token ids or a list of messages"
         if not isinstance(prompt, Sequence):
             raise InvalidParameter("prompt", prompt, allowed)
-        if prompt and all(isinstance(part, Mapping) for part in prompt):
-            return tuple(self.encode_text(self.tokenizer.render(cast("Sequence[Message]", prompt)), False))
+        if is_message_list(prompt):
+            return self.encode_chat(prompt)
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidParameter("prompt", token_id, allowed)
-        return tuple(cast("Sequence[int]", prompt))
+        return Encoded(tuple(cast("Sequence[int]", prompt)))
+
+    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> Encoded:
+        """Token ids of a conversation, and its images. `variables`: as in `Tokenizer.render`. Raises RequestError."""
+        if self.images is None:
+            refuse_images(messages)
+        elif any(image_parts(messages)):
+            render = partial(self.tokenizer.render, **variables)
+            return self.images.encode_chat(messages, render, self.encode_text)
+        return Encoded(tuple(self.encode_text(self.tokenizer.render(messages, **variables), False)))
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt's text. One that is far too long for the context is found out by its beginning: two
@@ -171,7 +218,7 @@ class OpenModel:
 
         `adapter`: empty: the model itself. Draws a seed where one will be used and none was given. Raises RequestError.
         """
-        token_ids = self.encode(prompt)
+        encoded = self.encode_prompt(prompt)
         if sampling.stop and not self.has_text:
             raise InvalidParameter("stop", sampling.stop, "stop_token_ids, since this model has no tokenizer")
         if sampling.bad_words:
@@ -181,7 +228,8 @@ class OpenModel:
         if not isinstance(adapter, str):
             raise InvalidParameter("adapter", adapter, "a name")
         found = tuple(
-            Request(i, token_ids, one, adapter=adapter, arrival_s=arrival_s) for i, one in zip(ids, each, strict=True)
+            Request(i, encoded.token_ids, one, encoded.images, adapter, arrival_s=arrival_s)
+            for i, one in zip(ids, each, strict=True)
         )
         validate(found[0], self.limits)
         return found

@@ -102,6 +102,13 @@ class ConfigReader:
         value = default if value is None else value
         return self.bad(key, f"an integer from {low} to {high}") if value is None else value
 
+    def get_side(self, key: str, default: int, high: int = MAX_SIZE) -> int:
+        """An integer, or a list of two equal ones: height and width of a square."""
+        value = self._config.get(key)
+        if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+            return ConfigReader({key: value[0]}, self.where).get_int(key, high=high)
+        return self.get_int(key, default, high=high)
+
     def find_float(self, key: str, low: float = 0.0, high: float = MAX_FLOAT) -> float | None:
         """A finite number above `low`, up to `high`."""
         if not self.has(key):

@@ -7,13 +7,29 @@ from dataclasses import dataclass
 
 from headrace.core.errors import UnsupportedModel, shorten
 from headrace.core.spec import ModelSpec, WeightMap
-from headrace.models import gemma3, gguf, gptj, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
+from headrace.models import (
+    gemma3,
+    gguf,
+    gptj,
+    internvl,
+    llama,
+    mistral,
+    mixtral,
+    nvlm,
+    open_qwen2vl,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    vision,
+)
 from headrace.models.config import ConfigReader, read_architecture, read_dtype
 from headrace.models.experts import read_transformers_names
 from headrace.models.gguf_rope import ReadVector
+from headrace.models.vision import Shapes, TokenId
 
-Shapes = Mapping[str, tuple[int, ...]]
 Describe = Callable[[ConfigReader], tuple[ModelSpec, WeightMap]]
+DescribeVision = Callable[[ConfigReader, Shapes, TokenId | None], tuple[ModelSpec, WeightMap]]
 
 ARCHITECTURES: Mapping[str, Describe] = {
     "LlamaForCausalLM": llama.describe,
@@ -40,6 +56,21 @@ MODEL_TYPES: Mapping[str, Describe] = {
 }
 """For configs that name no architecture."""
 
+VISION: Mapping[str, DescribeVision] = {
+    "InternVLForConditionalGeneration": internvl.describe_transformers,
+    "InternVLChatModel": internvl.describe_chat,
+    "NVLM_D": nvlm.describe,
+    "OpenQwen2VL": open_qwen2vl.describe,
+}
+"""Models that see: described with what the checkpoint holds, and with the tokenizer where the config is silent."""
+
+VISION_MODEL_TYPES: Mapping[str, DescribeVision] = {
+    "internvl": internvl.describe_transformers,
+    "internvl_chat": internvl.describe_chat,
+    "NVLM_D": nvlm.describe,
+    "open_qwen2vl": open_qwen2vl.describe,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -51,20 +82,26 @@ class Description:
     """float32, float16 or bfloat16 as the config says; None where it does not say, and for GGUF."""
     adapter_map: WeightMap
     """Of the architecture's Hugging Face checkpoints, whatever this one is: what LoRA adapters name, in that order of
-    rows."""
+    rows. Of a model that sees it is the decoder's."""
 
 
 def describe(
-    config: Mapping[str, object], format: str, shapes: Shapes, read_vector: ReadVector | None = None
+    config: Mapping[str, object],
+    format: str,
+    shapes: Shapes,
+    read_vector: ReadVector | None = None,
+    token_id: TokenId | None = None,
 ) -> Description:
     """`format` "hf": `config` is config.json; "gguf": the file's metadata, and the tensors present say what is tied.
 
     `shapes`: by the checkpoint's own tensor names, (rows, columns). `read_vector`: `Checkpoint.vector`, for the few
     numbers that GGUF keeps in tensors and not in the metadata; without it a file that has such numbers is refused.
+    `token_id`: the tokenizer's id of a token by its text; asked only by models that see and whose config does not name
+    the id of their placeholder (NVLM-D, InternVLChatModel), which are refused without it.
     Raises UnsupportedModel for an architecture or a value headrace does not run, CheckpointError for a broken config.
     """
     if format == "hf":
-        return _describe_hf(ConfigReader(config, "config.json"), shapes)
+        return _describe_hf(ConfigReader(config, "config.json"), shapes, token_id)
     if format != "gguf":
         raise UnsupportedModel(f"format is {shorten(format)}, allowed: hf, gguf")
     metadata = ConfigReader(config, "GGUF metadata")
@@ -74,12 +111,17 @@ def describe(
     return Description(spec, weight_map, None, adapter_map)
 
 
-def _describe_hf(config: ConfigReader, shapes: Shapes) -> Description:
-    name, known = read_architecture(config), ARCHITECTURES
+def _describe_hf(config: ConfigReader, shapes: Shapes, token_id: TokenId | None) -> Description:
+    key, known, seeing = "architectures", ARCHITECTURES, VISION
+    name = read_architecture(config)
     if name is None:
-        name, known = config.find_str("model_type") or config.bad("model_type", "a name"), MODEL_TYPES
-    _require_known(config, "architectures" if known is ARCHITECTURES else "model_type", name, known)
+        key, known, seeing = "model_type", MODEL_TYPES, VISION_MODEL_TYPES
+        name = config.find_str(key) or config.bad(key, "a name")
+    _require_known(config, key, name, {**known, **seeing})
     # A quantization_config changes no name and no shape: the checkpoint presents its packed weights as plain ones.
+    if name in seeing:
+        spec, weight_map = seeing[name](config, shapes, token_id)
+        return Description(spec, weight_map, read_dtype(config), vision.adapter_map(spec))
     spec, weight_map = known[name](config)
     return Description(spec, read_transformers_names(weight_map, shapes), read_dtype(config), weight_map)
 

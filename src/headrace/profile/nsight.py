@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from headrace.backends.ranges import SAMPLE
+from headrace.backends.ranges import SAMPLE, VISION
 from headrace.core.errors import EngineError
-from headrace.profile.ranges import DECODE, PREFILL, VISION
+from headrace.profile.ranges import DECODE, PREFILL
 
 VARIABLE, VALUE = "NSYS_NVTX_PROFILER_REGISTER_ONLY", "0"
 RANGES: Mapping[str, str] = {

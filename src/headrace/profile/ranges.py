@@ -9,7 +9,7 @@ from statistics import median
 
 from headrace.backends.ranges import ATTENTION, LAYER, MLP, Range
 
-PREFILL, DECODE, VISION = "headrace.prefill", "headrace.decode", "headrace.vision"
+PREFILL, DECODE = "headrace.prefill", "headrace.decode"
 LOAD, SCHEDULE, COMMIT, DETOKENISE = "load", "schedule", "commit", "detokenise"
 ALL_LAYERS = "layers"
 """The sum of a model's layers, where a table has no row for each."""

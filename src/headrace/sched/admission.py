@@ -25,15 +25,15 @@ class Admission:
         """Whether a running row will publish the block after its first `num_cached`: to wait is to find it."""
         stop = (num_cached + 1) * self._cache.block_size
         tokens = sequence.tokens
-        if not self._cache.enabled or sequence.unscored or sequence.request.images or stop >= len(tokens):
+        if not self._cache.enabled or sequence.unscored or stop >= len(tokens):
             return False
         return any(
             len(other.keys) <= num_cached
             and other.root_key == sequence.root_key
-            and not other.request.images
             and len(other.tokens) >= stop
             and other.tokens[stop - 1] == tokens[stop - 1]
             and other.tokens[:stop] == tokens[:stop]
+            and _images(other, stop) == _images(sequence, stop)
             for other in running
         )
 
@@ -54,3 +54,8 @@ class Admission:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._cache.block_size)
+
+
+def _images(sequence: Sequence, stop: int) -> list[tuple[int, int, str]]:
+    """Those that begin before token `stop`: their places and what they are."""
+    return [(one.start, one.length, one.hash) for one in sequence.request.images if one.start < stop]

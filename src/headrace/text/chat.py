@@ -5,6 +5,7 @@ A template comes with the model, never with a request, and is untrusted all the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,8 +21,48 @@ _TAKES_PARTS = re.compile(
 )
 """A template that asks what content is, or loops over it, reads a list of parts; others take a string."""
 
+_TURNS = """\
+{%- set system = messages[0]['role'] == 'system' %}
+{{- '<s><|im_start|>system\\n' + (messages[0]['content'] if system else SYSTEM) + '<|im_end|>\\n' }}
+{%- for message in (messages[1:] if system else messages) %}
+{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+{{- raise_exception('user and assistant take turns, the user first') }}
+{%- endif %}
+{%- if message['role'] == 'user' %}{{ '<|im_start|>user\\n' + message['content'].strip() + '<|im_end|>' }}
+{%- else %}{{ 'assistant\\n' + message['content'].strip() + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'OPENED' }}{% endif %}"""
+"""Of Open-Qwen2VL: what it was trained on has no newline, and no <|im_start|>, before `assistant`."""
+FRAMES: Mapping[str, str] = {
+    "chatml": """\
+{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    "mpt": """\
+{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    "train": _TURNS.replace("OPENED", "assistant\\n"),
+    "cli": _TURNS.replace("OPENED", "assistant"),
+    "raw": """\
+{%- if messages | length != 1 or messages[0]['role'] != 'user' %}
+{{- raise_exception('the raw form takes one user message, and nothing before it') }}
+{%- endif %}
+{{- '<s>' + messages[0]['content'] }}""",
+}
+"""Templates for models that come without one; SYSTEM stands for their system message."""
+
 _MARK = "\uf8ff"
 """A private character: what follows it in a rendered text came after the final message."""
+
+
+def frame(form: str, system: str) -> str:
+    """The source of one of `FRAMES`, with `system` as its system message where the messages have none."""
+    return FRAMES[form].replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
 class ChatTemplate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,6 +110,11 @@ def _target_shape(rule: WeightRule, sources: Sequence[tuple[int, ...]]) -> tuple
         return first
     if rule.op == "take":
         return _taken_shape(rule, first)
+    if rule.op == "reshape":
+        # Numbers that are not as many as needed are shown in the shape they have.
+        return rule.shape if math.prod(first) == math.prod(rule.shape) else first
+    if rule.op == "take_cols":
+        return _taken_cols_shape(rule, first)
     raise ValueError(f"{rule.target}: unknown operation {shorten(rule.op)}")
 
 
@@ -119,6 +125,15 @@ def _taken_shape(rule: WeightRule, source: tuple[int, ...]) -> tuple[int, ...]:
     if not 0 <= start <= stop <= source[1]:
         raise WeightsMismatch(f"{rule.target}: rows {start} to {stop} are not inside {rule.sources[0]} {source}")
     return (stop - start, source[2])
+
+
+def _taken_cols_shape(rule: WeightRule, source: tuple[int, ...]) -> tuple[int, ...]:
+    if rule.rows is None:
+        raise ValueError(f"{rule.target}: take_cols needs `rows`, those of the columns")
+    start, stop = rule.rows
+    if len(source) != 2 or not 0 <= start <= stop <= source[1]:
+        raise WeightsMismatch(f"{rule.target}: columns {start} to {stop} are not inside {rule.sources[0]} {source}")
+    return (source[0], stop - start)
 
 
 def _apply(rule: WeightRule, checkpoint: Checkpoint) -> QTensor:
@@ -136,15 +151,25 @@ def _apply(rule: WeightRule, checkpoint: Checkpoint) -> QTensor:
             return _transposed(first)
         if rule.op == "take":
             return _taken(first, rule.index, rule.rows)
+        if rule.op == "reshape":
+            return QTensor(first.scheme, rule.shape, {"data": _plain(first).reshape(rule.shape)})
+        if rule.op == "take_cols":
+            assert rule.rows is not None
+            return QTensor(first.scheme, rule.shape, {"data": _plain(first)[:, slice(*rule.rows)]})
     except ValueError as error:
         raise UnsupportedModel(f"{rule.target}: {rule.op} of {', '.join(rule.sources[:_SHOWN])}: {error}") from error
     return first
 
 
-def _transposed(tensor: QTensor) -> QTensor:
+def _plain(tensor: QTensor) -> NDArray[np.generic]:
+    """Its numbers, in the tensor's shape."""
     if "data" not in tensor.planes:
-        raise ValueError(f"groups of {tensor.scheme} run along rows and cannot be transposed")
-    return QTensor(tensor.scheme, tensor.shape[::-1], {"data": tensor.planes["data"].T})
+        raise ValueError(f"groups of {tensor.scheme} run along rows, and columns cannot be taken apart")
+    return tensor.planes["data"]
+
+
+def _transposed(tensor: QTensor) -> QTensor:
+    return QTensor(tensor.scheme, tensor.shape[::-1], {"data": _plain(tensor).T})
 
 
 def _taken(tensor: QTensor, index: int, rows: tuple[int, int] | None) -> QTensor:

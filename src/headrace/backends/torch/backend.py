@@ -37,15 +37,25 @@ DTYPES: Mapping[str, torch.dtype] = {
 SCORED_ROWS = 64
 """Prompt tokens whose logits are there at one time."""
 
+IMAGE_CACHE_BYTES = 1 << 28
+"""Of encoded images that are kept for whoever brings them again. In bfloat16 seven tiles of NVLM-D are 28 MiB, of a
+model of 1B parameters 3 MiB."""
+
 
 class Loaded:
     """What exists between load() and close()."""
 
-    def __init__(self, spec: ModelSpec, tensors: Iterable[tuple[str, QTensor]], options: BackendOptions) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tensors: Iterable[tuple[str, QTensor]],
+        options: BackendOptions,
+        image_cache_bytes: int,
+    ) -> None:
         dtype = DTYPES[options.dtype]
         multiple = ops.row_multiple(options.threads)
         self.options = options
-        self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple)
+        self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple, image_cache_bytes)
         shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
         self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
         self.ranges: Ranges | None = None
@@ -56,9 +66,14 @@ class Loaded:
         return nullcontext() if self.ranges is None else self.ranges(name)
 
     def forget_rows(self) -> None:
-        options, vocab_size = self.options, self.decoder.spec.vocab_size
-        sizes = (options.max_rows, options.max_model_len, options.block_size, options.num_blocks, vocab_size)
-        self.table = RequestTable(*sizes)
+        options, spec = self.options, self.decoder.spec
+        sizes = (options.max_rows, options.max_model_len, options.block_size, options.num_blocks, spec.vocab_size)
+        self.table = RequestTable(*sizes, spec.vision)
+
+    def trim_images(self) -> None:
+        """Forgets encoded images past the bound; a row that stands within one keeps it."""
+        if self.decoder.vision is not None:
+            self.decoder.vision.cache.trim(self.table.unfinished_images())
 
 
 class TorchBackend:
@@ -67,10 +82,12 @@ class TorchBackend:
     name = "torch"
     depth = 1
 
-    def __init__(self, query_tile: int | None = TILE) -> None:
+    def __init__(self, query_tile: int | None = TILE, image_cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self.query_tile = query_tile
         """Most queries of a span that attention meets in one call; None: all, with the whole matrix of their scores,
         which is for comparisons. May be changed between two plans."""
+        self.image_cache_bytes = image_cache_bytes
+        """Most bytes of encoded images that no row needs any more; taken at load."""
         self._loaded: Loaded | None = None
         self._closed = False
         self._result: StepResult | None = None
@@ -88,7 +105,7 @@ class TorchBackend:
             raise ConfigError(f"dtype: got {shorten(options.dtype)}, allowed: {', '.join(DTYPES)}")
         torch.set_num_threads(options.threads)
         with _memory_errors("loading: the weights and the KV cache do not fit in memory"):
-            self._loaded = Loaded(spec, tensors, options)
+            self._loaded = Loaded(spec, tensors, options, self.image_cache_bytes)
         return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -112,6 +129,7 @@ class TorchBackend:
             store.copy_blocks(plan.copies)
         seconds["prepare"] += time.perf_counter() - began
         rows = self._run(loaded, plan.rows, seconds) if plan.rows else []
+        loaded.trim_images()
         self._result = StepResult(plan.step, tuple(rows), seconds)
 
     def result(self) -> StepResult:
@@ -143,6 +161,7 @@ class TorchBackend:
             f"torch {torch.__version__}, eager, CPU, {options.threads} threads, {options.dtype}. "
             f"Products get a multiple of {multiple} rows, and attention meets values {ops.KEY_CHUNK} keys at a time: "
             "so a row's bits depend neither on its company nor on its chunks."
+            f"{_explain_images(loaded)}"
         )
 
     def profile(self, on: bool) -> None:
@@ -166,12 +185,15 @@ class TorchBackend:
         return kept
 
     def memory(self) -> Mapping[str, int]:
-        """Bytes; the workspace is the largest step's logits, the one large array beside weights and KV."""
+        """Bytes; the workspace is the largest step's logits, the one large array beside weights and KV. A cache counts
+        as full."""
         loaded = self._require()
+        vision = loaded.decoder.vision
         return {
             "weights": loaded.decoder.weight_bytes,
             "adapters": loaded.decoder.adapter_bytes,
             "kv_cache": loaded.store.nbytes,
+            "encoder_cache": 0 if vision is None else vision.cache.max_bytes,
             "workspace": 4 * max(loaded.options.max_rows, SCORED_ROWS) * loaded.decoder.spec.vocab_size,
         }
 
@@ -223,6 +245,18 @@ class TorchBackend:
         first = step.start + step.length
         loaded.store.zero_slots(torch.from_numpy(loaded.table.slots(step.row, first, first + len(step.drafts))))
         return self._run(loaded, [replace(step, drafts=(), mask=_masks(step)[0])], seconds)[0]
+
+
+def _explain_images(loaded: Loaded) -> str:
+    vision = loaded.decoder.vision
+    if vision is None:
+        return ""
+    encoder, projector = vision.spec.encoder, vision.spec.projector
+    return (
+        f" Images: tile by tile through {encoder.layers} blocks of width {encoder.hidden_size}, {projector.merge} and "
+        f"a projector, {projector.tokens} rows a tile; up to {vision.cache.max_bytes / 2**20:.0f} MiB of "
+        "such rows are kept by the image's hash."
+    )
 
 
 @contextmanager

@@ -1,16 +1,20 @@
-"""From a ModelSpec to its layers: what the layers share, and which part each field becomes."""
+"""From a ModelSpec to its parts: what the layers share, and which part each field becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from headrace.backends.torch.adapters import Place
 from headrace.backends.torch.layers import Attention, GatedMlp, Mlp, Parallel, PlainMlp, Sequential, after, as_is
 from headrace.backends.torch.moe import Experts
 from headrace.backends.torch.parameters import Linear, Norm, Slots
-from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec, RopeSpec
+from headrace.backends.torch.vision.images import Vision
+from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from headrace.models.names import EMBED, FINAL_NORM, HEAD
 from headrace.models.names import layer as name_in_layer
 
 
@@ -42,6 +46,35 @@ class Kinds:
         index = shapes.index(shape)
         self.windows[index].add(spec.window)
         return index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """A model whose weights are still to come."""
+
+    embedding: Tensor
+    layers: Sequence[Sequential | Parallel]
+    final_norm: Norm
+    head: Linear
+    kinds: Kinds
+    places: Mapping[str, Place]
+    """Linears of the decoder by name: what adapters may add to."""
+    vision: Vision | None
+
+
+def build(spec: ModelSpec, slots: Slots, row_multiple: int, image_cache_bytes: int) -> Parts:
+    """Every part of the model, each weight a view in `slots`. `row_multiple`: see `ops.row_multiple`."""
+    builder = Builder(slots, spec.hidden_size, row_multiple)
+    embedding = slots.tensor(EMBED, spec.vocab_size, spec.hidden_size)
+    layers = [builder.layer(index, layer_spec) for index, layer_spec in enumerate(spec.layers)]
+    final_norm = slots.norm(FINAL_NORM, spec.final_norm)
+    if spec.embedding.tied:
+        head = slots.tied_linear(HEAD, embedding, spec.head.bias)
+    else:
+        head = slots.linear({HEAD: spec.vocab_size}, spec.hidden_size, spec.head.bias)
+    places = dict(slots.places)
+    vision = None if spec.vision is None else Vision(spec.vision, spec.hidden_size, slots, image_cache_bytes)
+    return Parts(embedding, layers, final_norm, head, builder.kinds, places, vision)
 
 
 @dataclass(slots=True)

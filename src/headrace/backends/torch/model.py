@@ -16,7 +16,7 @@ from headrace.backends.support import refuse_unsupported
 from headrace.backends.torch import ops
 from headrace.backends.torch.adapters import RowAdapters, load_adapter
 from headrace.backends.torch.attention import TILE, Meeting, meeting
-from headrace.backends.torch.build import Builder
+from headrace.backends.torch.build import build
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.layers import Layer, Step
 from headrace.backends.torch.parameters import Slots
@@ -24,7 +24,6 @@ from headrace.backends.torch.ranges import Naming, Ranges
 from headrace.backends.torch.rope import rope_table
 from headrace.core.errors import EngineError, shorten
 from headrace.core.spec import ModelSpec
-from headrace.models.names import EMBED, FINAL_NORM, HEAD
 from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
 
@@ -48,30 +47,29 @@ class Decoder:
         dtype: torch.dtype,
         max_model_len: int,
         row_multiple: int,
+        image_cache_bytes: int,
     ) -> None:
         """Raises UnsupportedModel naming the field that is not run, and WeightsMismatch."""
         refuse_unsupported(spec, "torch")
         self.spec = spec
         self._row_multiple = row_multiple
         slots = Slots(dtype)
-        builder = Builder(slots, spec.hidden_size, row_multiple)
-        self._embedding = slots.embedding(EMBED, spec.vocab_size, spec.hidden_size)
-        self._built = [builder.layer(index, layer_spec) for index, layer_spec in enumerate(spec.layers)]
+        parts = build(spec, slots, row_multiple, image_cache_bytes)
+        self._embedding, self._final_norm, self._head = parts.embedding, parts.final_norm, parts.head
+        self._built: Sequence[Layer] = parts.layers
         self._layers: Sequence[Layer] = self._built
-        self._final_norm = slots.norm(FINAL_NORM, spec.final_norm)
-        if spec.embedding.tied:
-            self._head = slots.tied_linear(HEAD, self._embedding, spec.head.bias)
-        else:
-            self._head = slots.linear({HEAD: spec.vocab_size}, spec.hidden_size, spec.head.bias)
+        self.vision = parts.vision
         self.weight_bytes = slots.fill(tensors)
-        self._places = slots.places
+        if self.vision is not None:
+            self.vision.finish()
+        self._places = parts.places
         self._adapters: set[str] = set()
         self.adapter_bytes = 0
         if spec.embedding.tied and self._head.weight is not self._embedding:
             self.weight_bytes += self._embedding.nbytes
-        self._kinds = builder.kinds
+        self._kinds = parts.kinds
         self._naming: Naming | None = None
-        self._rope_tables = [rope_table(rope, max_model_len, dtype) for rope in builder.kinds.ropes]
+        self._rope_tables = [rope_table(rope, max_model_len, dtype) for rope in parts.kinds.ropes]
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Raises EngineError if the name is taken, UnsupportedModel and WeightsMismatch."""
@@ -106,7 +104,11 @@ class Decoder:
             hidden = ops.embed(torch.from_numpy(batch.token_ids), self._embedding)
             if self.spec.embedding.scale != 1.0:
                 hidden = ops.scale(hidden, self.spec.embedding.scale)
-            hidden = self._pad(hidden)
+        if batch.images:
+            assert self.vision is not None  # only then does the request table take images
+            with ranged(names.VISION):
+                self.vision.splice(batch, hidden)
+        hidden = self._pad(hidden)
         with ranged(names.GATHER):
             positions = torch.from_numpy(batch.positions)
             turns = [(cos[positions], sin[positions]) for cos, sin in self._rope_tables]

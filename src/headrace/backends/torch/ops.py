@@ -1,4 +1,5 @@
 """Every operation of the decoder in plain torch, and nothing else: read this file to know what is computed.
+(What only images go through is in `vision/`, but for `full_attention`.)
 
 Batch invariance: a row's bits depend on that row alone. Reductions (norms, softmax) work row by row. A matrix product
 picks its kernel by its shape: `row_multiple` says how many rows it must be given, and whoever calls `linear` pads.
@@ -170,3 +171,12 @@ def attention(
     weights = weights_NML.view(N, M, chunks, KEY_CHUNK).transpose(1, 2).reshape(N * chunks, M, KEY_CHUNK)
     partial = torch.bmm(weights, v_NLD.reshape(N * chunks, KEY_CHUNK, width)).view(N, chunks, M, width)
     return partial.sum(1, dtype=torch.float32).to(v_NLD.dtype)[..., :D]
+
+
+def full_attention(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor) -> Tensor:
+    """softmax(q kᵀ ÷ √D) v -> (S, H, D): every query sees every key. torch's own, which holds no matrix of scores.
+
+    The bits are those of this S, H and D; nothing is promised between different ones.
+    """
+    q, k, v = (x.transpose(0, 1).contiguous()[None] for x in (q_SHD, k_SHD, v_SHD))
+    return functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)

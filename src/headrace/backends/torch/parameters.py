@@ -1,4 +1,4 @@
-"""What a decoder's weights are: linears and norms, and the slots through which named tensors come into them."""
+"""What a model's weights are: linears and norms, and the slots through which named tensors come into them."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ class Slots:
     places: dict[str, Place] = field(default_factory=dict)
     """Of every named linear."""
 
-    def embedding(self, name: str, rows: int, width: int) -> Tensor:
-        self.views[name] = torch.empty(rows, width, dtype=self.dtype)
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """What is neither a product's nor a norm's."""
+        self.views[name] = torch.empty(*shape, dtype=self.dtype)
         return self.views[name]
 
     def linear(self, names: Mapping[str, int], width: int, bias: bool, dtype: torch.dtype | None = None) -> Linear:

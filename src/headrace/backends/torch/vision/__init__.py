@@ -1,0 +1,1 @@
+"""What the torch backend makes of images: rows of the decoder."""
