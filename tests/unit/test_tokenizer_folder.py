@@ -137,8 +137,9 @@ def test_eos_ids_by_precedence(tmp_path: Path) -> None:
     folder = write(tmp_path, raw, tokenizer_config=NAMED)
     eos = raw.token_to_id("</s>")
     assert load(folder).eos_token_ids == {eos}
-    folder.config = {"text_config": {"eos_token_id": 9}}
-    assert load(folder).eos_token_ids == {9}
+    for decoder in ("text_config", "llm_config"):  # of a model that sees
+        folder.config = {decoder: {"eos_token_id": 9}}
+        assert load(folder).eos_token_ids == {9}
     folder.config = {"eos_token_id": 7}
     assert load(folder).eos_token_ids == {7}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')

@@ -255,13 +255,11 @@ def _eos_ids(folder: Path, config: Mapping[str, object], raw: RawTokenizer, eos_
 
 
 def _declared_in_folder(folder: Path, config: Mapping[str, object]) -> frozenset[int] | None:
-    """From generation_config.json, else config.json (or its text_config); None where none of them says."""
-    text_config = config.get("text_config")
-    sources = (
-        ("generation_config.json", _optional_json(folder / "generation_config.json")),
-        ("config.json", config),
-        ("config.json: text_config", text_config if isinstance(text_config, dict) else {}),
-    )
+    """From generation_config.json, else config.json (or its part on the decoder); None where none of them says."""
+    sources = [("generation_config.json", _optional_json(folder / "generation_config.json")), ("config.json", config)]
+    for key in ("text_config", "llm_config"):
+        if isinstance(part := config.get(key), dict):
+            sources.append((f"config.json: {key}", part))
     for name, source in sources:
         value = source.get("eos_token_id")
         if value is None or value == []:
