@@ -13,17 +13,31 @@ if TYPE_CHECKING:
     from headrace.core.errors import HeadraceError
     from headrace.core.types import SamplingParams
     from headrace.engine.answer import Completion
+    from headrace.engine.hf_model import ChatModel
     from headrace.engine.llm import LLM
+    from headrace.engine.split_model import placement_text, split_model
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Completion", "HeadraceError", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "ChatModel",
+    "Completion",
+    "HeadraceError",
+    "SamplingParams",
+    "__version__",
+    "placement_text",
+    "split_model",
+]
 
 _HOMES: Mapping[str, str] = {
     "LLM": "headrace.engine.llm",
+    "ChatModel": "headrace.engine.hf_model",
     "Completion": "headrace.engine.answer",
     "HeadraceError": "headrace.core.errors",
     "SamplingParams": "headrace.core.types",
+    "placement_text": "headrace.engine.split_model",
+    "split_model": "headrace.engine.split_model",
 }
 
 

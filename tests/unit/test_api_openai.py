@@ -224,7 +224,7 @@ BAD_MESSAGES: list[tuple[object, str, str | None]] = [
     ([{"role": "user", "content": 5}], "invalid_parameter", "messages[0].content"),
     ([{"role": "user", "content": ["x"]}], "invalid_parameter", "messages[0].content[0]"),
     ([{"role": "user", "content": [{"type": "text"}]}], "invalid_parameter", "messages[0].content[0]"),
-    ([{**USER, "content": [{"type": "image_url"}]}], "unsupported_parameter", "messages[0].content[0].type"),
+    ([{**USER, "content": [{"type": "image_url"}]}], "invalid_parameter", "messages[0].content[0]"),
     ([{**USER, "content": [{"type": "input_audio"}]}], "unsupported_parameter", "messages[0].content[0].type"),
     ([{**USER, "tool_calls": [{}]}], "unsupported_parameter", "messages[0].tool_calls"),
     ([{**USER, "colour": 1}], "unknown_parameter", "messages[0].colour"),

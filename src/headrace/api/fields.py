@@ -29,6 +29,13 @@ class Unknown:
         if len(self.names) < MAX_NAMED:
             self.names.append("".join(char if "!" <= char <= "~" else "?" for char in cut(path)[:64]))
 
+    def set_aside(self, path: str, value: object, allowed: str) -> None:
+        """Of a known field, a value that is not carried out and that an answer can do without. Raises
+        UnsupportedParameter where unknown fields are refused."""
+        if self._strict:
+            raise UnsupportedParameter(path, value, allowed)
+        self.add(path, "")
+
 
 class Fields:
     """The fields of an object; null is the same as absent. `prefix` stands before their names in messages."""

@@ -22,6 +22,9 @@ MESSAGE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 """As `api.openai.NEUTRAL`; tool_calls and tool_call_id are honoured where the role has them."""
 MAX_CALLS = 1024
 """Most calls of one message of a history."""
+DETAILS = ("auto", "low", "high")
+"""How closely OpenAI's models look at an image. Here each becomes as many tiles as its model's own rule says, which is
+what auto and high ask for; low, fewer tokens for an image, is set aside."""
 
 
 def read_messages(value: object, unknown: Unknown) -> tuple[Mapping[str, object], ...]:
@@ -55,29 +58,58 @@ def _message(message: object, where: str, unknown: Unknown) -> Mapping[str, obje
     if "content" in kept or "tool_calls" not in more:
         content = _content(kept.get("content"), f"{where}.content", unknown)
         if role == "tool" and isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)  # no template takes a list there
+            content = _joined(content, f"{where}.content")
         kept["content"] = content
     return kept | more
 
 
-def _content(content: object, where: str, unknown: Unknown) -> str | list[dict[str, str]]:
+def _content(content: object, where: str, unknown: Unknown) -> str | list[dict[str, object]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise InvalidParameter(where, content, "a string, or a list of text parts")
+        raise InvalidParameter(where, content, "a string, or a list of parts")
     return [_part(part, f"{where}[{i}]", unknown) for i, part in enumerate(content)]
 
 
-def _part(part: object, where: str, unknown: Unknown) -> dict[str, str]:
+def _joined(content: list[dict[str, object]], where: str) -> str:
+    """The parts of a tool's result as one text: no template takes a list there."""
+    for i, part in enumerate(content):
+        if part["type"] != "text":
+            raise UnsupportedParameter(f"{where}[{i}].type", part["type"], "text, in what a tool returns")
+    return "\n".join(str(part["text"]) for part in content)
+
+
+def _part(part: object, where: str, unknown: Unknown) -> dict[str, object]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind != "text":
-        raise UnsupportedParameter(f"{where}.type", kind, "text")
-    if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
-        raise InvalidParameter(where, part, 'an object {"type": "text", "text": …}')
-    for name, value in part.items():
-        if name not in ("type", "text") and value is not None:
-            unknown.add(f"{where}.{name}", "a text part")
-    return {"type": "text", "text": part["text"]}
+    if isinstance(kind, str) and kind not in ("text", "image_url"):
+        raise UnsupportedParameter(f"{where}.type", kind, "text, image_url")
+    value = part.get(kind) if isinstance(part, dict) and isinstance(kind, str) else None
+    if not isinstance(part, dict) or value is None or (kind == "text" and not isinstance(value, str)):
+        raise InvalidParameter(where, part, 'an object {"type": "text", "text": …} or {"type": "image_url", …}')
+    for name, other in part.items():
+        if name not in ("type", kind) and other is not None:
+            unknown.add(f"{where}.{name}", "a text part" if kind == "text" else "an image part")
+    if kind == "text":
+        return {"type": "text", "text": value}
+    return {"type": "image_url", "image_url": _image(value, f"{where}.image_url", unknown)}
+
+
+def _image(value: object, where: str, unknown: Unknown) -> dict[str, object]:
+    """{"url": …}; the URL alone will do. Whether it is one is for `media/` to say, once there is work to be done."""
+    if isinstance(value, str):
+        return {"url": value}
+    if not isinstance(value, dict):
+        raise InvalidParameter(where, value, 'an object {"url": …}')
+    fields = Fields(value, unknown, f"{where}.")
+    url, detail = fields.take("url"), fields.take("detail", "auto")
+    if not isinstance(url, str):
+        raise InvalidParameter(f"{where}.url", url, "a URL, such as data:image/png;base64,…")
+    if detail not in DETAILS:
+        raise InvalidParameter(f"{where}.detail", detail, ", ".join(DETAILS))
+    if detail == "low":
+        unknown.set_aside(f"{where}.detail", detail, "auto, high")
+    fields.finish("an image")
+    return {"url": url}
 
 
 def _identifier(value: object, where: str) -> str:

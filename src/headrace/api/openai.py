@@ -31,6 +31,7 @@ from headrace.api.tools import (
 )
 from headrace.core.errors import InvalidParameter, ModelNotFound, UnsupportedParameter, shorten
 from headrace.core.types import MAX_INT, MAX_LOGPROBS, Request, SamplingParams
+from headrace.engine.images import Encoded, Picture, image_parts, refuse_images
 from headrace.engine.model import Message, OpenModel, Prompt
 from headrace.text.chat_tools import fit_tools
 from headrace.text.tokenizer import Tokenizer
@@ -138,6 +139,15 @@ class ApiRequest:
     def choices(self) -> int:
         """How many answers."""
         return len(self.prompts) * self.sampling.n
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any message has an image among its parts."""
+        return self.kind == "chat" and any(any(image_parts(messages)) for messages in self.prompts)
+
+    def without_messages(self) -> ApiRequest:
+        """All that an answer is made of once its prompt is in ids: images may be megabytes."""
+        return replace(self, prompts=((),) * len(self.prompts)) if self.kind == "chat" else self
 
 
 def read_body(kind: Kind, body: Mapping[str, Any], strict: bool = True) -> ApiRequest:
@@ -370,8 +380,8 @@ def engine_requests(
             sampling = replace(sampling, skip_special_tokens=False)
     found: list[Request] = []
     for index, prompt in enumerate(request.prompts):
-        ids = _truncated(request, opened, _encode(request, opened, prompt, now))
-        for one in opened.requests(f"{label}/{index}", ids, sampling, arrival_s, adapter):
+        encoded = _truncated(request, opened, _encode(request, opened, prompt, now))
+        for one in opened.requests(f"{label}/{index}", encoded, sampling, arrival_s, adapter):
             deadline_s = None if request.timeout_s is None else arrival_s + request.timeout_s
             found.append(
                 replace(one, salt=request.salt, priority=request.priority, deadline_s=deadline_s, grammar=grammar)
@@ -385,12 +395,38 @@ def _encode(request: ApiRequest, opened: OpenModel, prompt: Prompt, now: datetim
         described = [tool.described() for tool in request.tools] if request.tool_choice.mode != "none" else []
         shown = None
         if described or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-            messages, shown = fit_tools(opened.tokenizer.chat_template or "", messages, described)
-        text = opened.tokenizer.render(messages, now=now, tools=shown, **request.variables)
-        return opened.encode_text(text, add_special_tokens=False)
+            seen = _seen(messages, opened)
+            messages, shown = fit_tools(opened.tokenizer.chat_template or "", seen, described)
+        return opened.encode_chat(messages, now=now, tools=shown, **request.variables)
     if isinstance(prompt, str) and not request.add_special_tokens:
         return opened.encode_text(prompt, add_special_tokens=False)
     return prompt
+
+
+def _seen(messages: Sequence[Message], opened: OpenModel) -> Sequence[Message]:
+    """Messages with their images as tiles: what is wrong with one names its message as the client counts them, before
+    others are put between them for tools."""
+    if opened.images is None:
+        refuse_images(messages)
+        return messages
+    places = [
+        (part["image_url"]["url"], f"messages[{place}].content[{index}].image_url.url")
+        for place, message in enumerate(messages)
+        for index, part in enumerate(_parts(message))
+        if part["type"] == "image_url"
+    ]
+    found = iter(opened.images.prepare([Picture(url, where) for url, where in places]))
+
+    def shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"type": "image", "image": next(found)} if part["type"] == "image_url" else part
+
+    return [{**one, "content": [shown(part) for part in parts]} if (parts := _parts(one)) else one for one in messages]
+
+
+def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
+    """Those of its content; none where that is a text."""
+    content = message.get("content")
+    return content if isinstance(content, list) else ()
 
 
 def _truncated(request: ApiRequest, opened: OpenModel, prompt: Prompt) -> Prompt:
@@ -401,8 +437,21 @@ def _truncated(request: ApiRequest, opened: OpenModel, prompt: Prompt) -> Prompt
         longest, answer = opened.limits.max_model_len, request.sampling.max_tokens or 1
         most = longest - answer if answer < longest else longest - 1  # a longer answer is cut anyway
     # However long it is: what is asked for is its end.
-    ids = opened.tokenizer.encode(prompt) if isinstance(prompt, str) else opened.encode(prompt)
-    return ids[-most:]
+    if isinstance(prompt, str):
+        return opened.tokenizer.encode(prompt)[-most:]
+    return last_tokens(opened.encode_prompt(prompt), most, "truncate_prompt_tokens")
+
+
+def last_tokens(encoded: Encoded, most: int, name: str) -> Encoded:
+    """The last `most` ids of a prompt, ≥ 1, and the images that are whole in them. Raises InvalidParameter, naming the
+    field `name`, where the cut would go through an image."""
+    gone = max(0, len(encoded.token_ids) - most)
+    for image in encoded.images:
+        if image.start < gone < image.start + image.length:
+            least = len(encoded.token_ids) - image.start
+            raise InvalidParameter(name, most, f"a number that cuts through no image, such as {least}")
+    images = tuple(replace(image, start=image.start - gone) for image in encoded.images if image.start >= gone)
+    return Encoded(encoded.token_ids[gone:], images)
 
 
 def _call_grammar(request: ApiRequest, opened: OpenModel, tool_parser: str) -> str:

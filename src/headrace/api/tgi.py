@@ -3,12 +3,16 @@
 Where a number of a body has no bound of TGI's own, the engine's holds. Names that TGI does not know it ignores; so are
 they here, and listed in `TgiRequest.ignored`. null is the same as absent.
 
+For a model that sees, markdown images in `inputs` are images in their places: `![](URL)`, where the URL has a scheme.
+
 Three things that surprise, all TGI's own: a body without `parameters` is sampled and one with `parameters: {}` is not;
 `POST /` puts the prompt before the answer unless it is told otherwise; a stop string stays at the end of the text.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +23,7 @@ from headrace import __version__
 from headrace.api.errors import MAX_MESSAGE, cut
 from headrace.api.fields import Fields, Unknown
 from headrace.api.json import dump
-from headrace.api.openai import ApiRequest
+from headrace.api.openai import ApiRequest, last_tokens
 from headrace.api.structured import read_tgi_grammar
 from headrace.core.errors import (
     ContextLengthExceeded,
@@ -27,9 +31,11 @@ from headrace.core.errors import (
     HeadraceError,
     InvalidParameter,
     TemplateError,
+    UnsupportedParameter,
     status_of,
 )
 from headrace.core.types import EngineLimits, Request, SamplingParams
+from headrace.engine.images import Encoded, ImagePrompt, image_parts
 from headrace.engine.model import Message, OpenModel
 from headrace.text.chat_tools import fit_tools
 from headrace.text.sentencepiece import SentencePiece
@@ -44,6 +50,8 @@ MAX_CLIENT_BATCH = 4
 RESERVED_TOKENS = 1024
 """Of a longer `max_new_tokens` only this much must fit beside the prompt; the answer then ends with the context."""
 PREFIX = "parameters."
+# Neither part may hold an opening bracket, but for an address of IPv6: no text makes the search go over it twice.
+_IMAGE = re.compile(r"!\[[^\[\]]*\]\(([a-zA-Z][a-zA-Z0-9+.-]*:(?://\[[0-9a-fA-F:.]{2,45}\])?[^\s)\[\]]*)\)")
 SEEDS = 2**64
 """A seed of TGI is an unsigned integer of 64 bits; the engine has the same bits as a signed one."""
 
@@ -71,6 +79,15 @@ class TgiRequest:
     adapter: str = ""
     ignored: tuple[str, ...] = ()
     """Fields of the body that nothing was done with."""
+
+    @property
+    def may_have_images(self) -> bool:
+        """False where a model that sees finds none for sure. Costs next to nothing, however long the text is."""
+        return "![" in self.inputs and "](" in self.inputs
+
+    def without_inputs(self) -> TgiRequest:
+        """All that an answer is made of once its prompt is in ids: images may be megabytes."""
+        return self if self.return_full_text else replace(self, inputs="")
 
 
 def read_generate(
@@ -185,18 +202,33 @@ def _adapter(value: object, limits: EngineLimits) -> str:
 
 def engine_requests(request: TgiRequest, opened: OpenModel, label: str, salt: str = "") -> tuple[Request, ...]:
     """One engine request for each of the answers of which the best is told. Raises RequestError."""
+    encoded = _encode(request, opened)
+    if request.truncate is not None:
+        encoded = last_tokens(encoded, request.truncate, PREFIX + "truncate")
+    wanted, room, count = request.sampling.max_tokens, opened.limits.max_model_len, len(encoded.token_ids)
+    if wanted is not None and count + min(wanted, RESERVED_TOKENS) > room:
+        raise ContextLengthExceeded(f"inputs tokens + max_new_tokens must be at most {room}, got {count} and {wanted}")
+    found = opened.requests(label, encoded, request.sampling, adapter=request.adapter)
+    return tuple(replace(one, salt=salt, grammar=request.grammar) for one in found)
+
+
+def _encode(request: TgiRequest, opened: OpenModel) -> Encoded:
     # However long the text is, where only its end is asked for.
     encode = opened.encode_text if request.truncate is None else opened.tokenizer.encode
-    token_ids = tuple(encode(request.inputs))
-    if request.truncate is not None:
-        token_ids = token_ids[-request.truncate :]
-    wanted, room = request.sampling.max_tokens, opened.limits.max_model_len
-    if wanted is not None and len(token_ids) + min(wanted, RESERVED_TOKENS) > room:
-        raise ContextLengthExceeded(
-            f"inputs tokens + max_new_tokens must be at most {room}, got {len(token_ids)} and {wanted}"
-        )
-    found = opened.requests(label, token_ids, request.sampling, adapter=request.adapter)
-    return tuple(replace(one, salt=salt, grammar=request.grammar) for one in found)
+    if opened.images is not None and request.may_have_images:
+        prompt = image_prompt(request.inputs)
+        if prompt.images:
+            return opened.images.encode_prompt(prompt, encode)
+    return Encoded(tuple(encode(request.inputs)))
+
+
+def image_prompt(inputs: str) -> ImagePrompt:
+    """A text with markdown images as one with their places marked. What has no scheme, `![logo](logo.png)`, stays text;
+    errors call the images `inputs[0]`, `inputs[1]` …"""
+    pieces = _IMAGE.split(inputs)
+    mark = f"<{secrets.token_hex(16)}>"  # nobody can type it
+    names = [f"inputs[{index}]" for index in range(len(pieces) // 2)]
+    return ImagePrompt(mark.join(pieces[::2]), pieces[1::2], names, mark)
 
 
 # ---------------------------------------------------------------- errors
@@ -260,7 +292,7 @@ def info_body(model_id: str, limits: EngineLimits, max_concurrent_requests: int,
     return {
         "model_id": model_id,
         "model_sha": None,
-        "model_pipeline_tag": "text-generation",
+        "model_pipeline_tag": "text-generation" if limits.images is None else "image-text-to-text",
         "max_concurrent_requests": max_concurrent_requests,
         "max_best_of": MAX_BEST_OF,
         "max_stop_sequences": MAX_STOP,
@@ -321,6 +353,8 @@ def read_tokenize(body: Mapping[str, Any], strict: bool = False) -> tuple[str, t
 def chat_tokenize_body(request: ApiRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a chat is to the model: its template's text, and the tokens of that. Raises RequestError, EngineError."""
     messages = cast("Sequence[Message]", request.prompts[0])
+    for where in image_parts(messages):
+        raise UnsupportedParameter(f"{where}.type", "image_url", "text: an image's tokens are no part of a text")
     described = [tool.described() for tool in request.tools] if request.tool_choice.mode != "none" else []
     messages, shown = fit_tools(tokenizer.chat_template or "", messages, described)
     text = tokenizer.render(messages, tools=shown, **request.variables)

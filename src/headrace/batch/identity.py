@@ -1,7 +1,8 @@
 """What makes two runs the same run, and the ids and seeds that follow from it.
 
 Nothing is drawn: ids are hashes of the settings and of the input line, seeds of the line alone, `created` is the time
-the input was last changed. So a line computed again gives the same bytes, and two runs can be compared with `cmp`.
+the input was last changed. So a line computed again gives the same bytes, and two runs can be compared with `cmp`. What
+an image is that a line names by its address (`http:`, `file:`) is another's to say: it is looked up when the line is.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ from headrace.core.errors import (
 MAX_LINES = 50_000
 MAX_BYTES = 200 * 2**20
 MAX_LINE_BYTES = 2 * 2**20
+"""Longest line of texts alone."""
+MAX_IMAGE_LINE_BYTES = 66 * 2**20
+"""Longest line that may have images."""
 MAX_CUSTOM_ID = 512
 FIELDS = ("custom_id", "method", "url", "body")
 _BLANK = b" \t\r\n\v\f"
@@ -46,7 +49,7 @@ class RawLine:
     number: int
     """From 1, in the file."""
     data: bytes | None
-    """Without the white space around it; None if it is longer than MAX_LINE_BYTES."""
+    """Without the white space around it; None if it is longer than MAX_IMAGE_LINE_BYTES."""
     digest: bytes
     """The first 16 bytes of its SHA-256."""
 
@@ -140,14 +143,14 @@ def read_lines(source: InputFile) -> Iterator[RawLine]:
 def _split(file: BinaryIO, read: Callable[[bytes], None]) -> Iterator[RawLine]:
     """Lines that are not blank; `read` hears every byte."""
     index = number = 0
-    while piece := file.readline(MAX_LINE_BYTES + 2):
+    while piece := file.readline(MAX_IMAGE_LINE_BYTES + 2):
         read(piece)
         number += 1
         line = hashlib.sha256()
         data: bytes | None = piece
         if number == 1:
             data = piece.removeprefix(codecs.BOM_UTF8)
-        if len(piece) == MAX_LINE_BYTES + 2 and not piece.endswith(b"\n"):
+        if len(piece) == MAX_IMAGE_LINE_BYTES + 2 and not piece.endswith(b"\n"):
             data = None
             line.update(piece)
             while not piece.endswith(b"\n") and (piece := file.readline(MAX_LINE_BYTES)):
@@ -164,7 +167,9 @@ def _split(file: BinaryIO, read: Callable[[bytes], None]) -> Iterator[RawLine]:
 class LineReader:
     """Reads lines in the order of the file: a custom_id is remembered, so that its second use is refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MAX_LINE_BYTES) -> None:
+        """`most_bytes`: longer lines are refused; MAX_IMAGE_LINE_BYTES where there is a model that sees."""
+        self._most_bytes = most_bytes
         self._seen: dict[str, int] = {}
 
     def read(self, line: RawLine) -> BatchLine:
@@ -184,8 +189,8 @@ class LineReader:
     def read_call(self, line: RawLine) -> BatchLine:
         """The same, but nobody looks into the body: `request` is None."""
         try:
-            if line.data is None or len(line.data) > MAX_LINE_BYTES:
-                raise LineTooLong(f"the line is longer than {MAX_LINE_BYTES} bytes")
+            if line.data is None or len(line.data) > self._most_bytes:
+                raise LineTooLong(f"the line is longer than {self._most_bytes} bytes")
             fields = _object(line.data)
         except RequestError as error:
             return BatchLine(None, error=error)

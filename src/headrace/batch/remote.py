@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,15 @@ from headrace.batch.endpoint import Exchange, Reply, Senders, Server
 from headrace.batch.identity import Identity
 from headrace.batch.journal import Journal
 from headrace.batch.ledger import Ledger, OnProgress, Report, output_paths, run_durably
-from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, read_lines, refuse_stream
+from headrace.batch.lines import (
+    MAX_IMAGE_LINE_BYTES,
+    BatchLine,
+    InputFile,
+    LineReader,
+    RawLine,
+    read_lines,
+    refuse_stream,
+)
 from headrace.core.errors import (
     BackendUnavailable,
     BatchChanged,
@@ -54,6 +62,8 @@ FIRST_ASKS = 3
 ASK_S = 10.0
 END_S = 5.0
 """A run that is told to stop waits so long for what is in flight."""
+MOST_HELD = 256 * 2**20
+"""Bytes of bodies in flight above which no new line is begun: images may make each as long as MAX_IMAGE_LINE_BYTES."""
 LOOK_S = 0.1
 """Most seconds between two looks at what is late, and at whether to stop."""
 GROWTH = 0.25
@@ -179,7 +189,7 @@ class _Run:
         self._concurrency = concurrency
         self._timeout_s = timeout_s
         self._lines: Iterator[RawLine] = read_lines(source)
-        self._reader = LineReader()
+        self._reader = LineReader(MAX_IMAGE_LINE_BYTES)
         self._at_end = False
         self._senders = Senders(server, timeout_s)
         self._under_way: dict[Exchange, _Flight] = {}
@@ -231,8 +241,15 @@ class _Run:
         while len(self._under_way) < int(self._limit) and not self._stop():
             if self._waiting and self._waiting[0][0] <= time.monotonic():
                 self._post(heapq.heappop(self._waiting)[2])
-            elif len(self._under_way) + len(self._waiting) >= self._concurrency or not self._start_next():
+            elif self._is_full() or not self._start_next():
                 return
+
+    def _is_full(self) -> bool:
+        """Whether as much is in flight as may be."""
+        if len(self._under_way) + len(self._waiting) >= self._concurrency:
+            return True
+        held_bytes = sum(len(flight.data) for flight in self._under_way.values())
+        return held_bytes + sum(len(flight.data) for _, _, flight in self._waiting) >= MOST_HELD
 
     def _start_next(self) -> bool:
         """Takes the next line from the file. False if there is none."""
@@ -257,7 +274,7 @@ class _Run:
             self._ledger.refuse(line, read, error)
             return
         self._ledger.journal.begin(line.index)
-        self._post(_Flight(line, read.custom_id, read.call.url, data))
+        self._post(_Flight(replace(line, data=None), read.custom_id, read.call.url, data))
 
     def _post(self, flight: _Flight) -> None:
         self._num_retries += flight.attempts > 0

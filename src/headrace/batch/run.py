@@ -19,12 +19,13 @@ from headrace.api.json import dump
 from headrace.api.openai import ApiRequest, call_parsers, check_model, engine_requests
 from headrace.batch.identity import identify, line_seed
 from headrace.batch.ledger import Ledger, OnProgress, Report, output_paths, run_durably
-from headrace.batch.lines import BatchLine, InputFile, LineReader, RawLine, read_lines
+from headrace.batch.lines import MAX_IMAGE_LINE_BYTES, BatchLine, InputFile, LineReader, RawLine, read_lines
 from headrace.core.errors import EngineError, ModelNotFound, RequestError, status_of
-from headrace.core.types import ErrorEvent, Event, TokenEvent
+from headrace.core.types import ErrorEvent, Event, Request, TokenEvent
 from headrace.engine.answer import Answer, Completion
 from headrace.engine.client import InProcessClient
 from headrace.engine.grammars import Grammars
+from headrace.engine.llm import MOST_PIXEL_BYTES
 from headrace.engine.model import OpenModel
 
 
@@ -74,10 +75,12 @@ class _Run:
         # A template that writes the date must write the same one after midnight.
         self._clock = datetime.fromtimestamp(self._created, UTC)
         self._lines: Iterator[RawLine] = read_lines(source)
-        self._reader = LineReader()
+        self._reader = LineReader() if opened.images is None else LineReader(MAX_IMAGE_LINE_BYTES)
         self._client: InProcessClient | None = None
         self._live: dict[str, _Flight] = {}
         """Request id -> its line."""
+        self._held_bytes = 0
+        """Of the pixels of these requests."""
         self._window = 2 * opened.config.max_num_seqs
         self._report = ledger.report
 
@@ -103,7 +106,7 @@ class _Run:
 
     def _fill(self) -> None:
         """Starts lines while there is room: what is not yet in flight stays in the file."""
-        while len(self._live) < self._window and not self._stop():
+        while len(self._live) < self._window and self._held_bytes < MOST_PIXEL_BYTES and not self._stop():
             line = next(self._lines, None)
             if line is None:
                 return
@@ -131,9 +134,11 @@ class _Run:
         self._journal.begin(line.index)
         tokenizer = self._opened.tokenizer if self._opened.has_text else None
         answers = {one.id: Answer(i, one, tokenizer, now_s) for i, one in enumerate(asked)}
-        flight = _Flight(line, read.custom_id, request, model, answers)
+        # Of what it holds, a line of images is the largest part by far, and nothing asks for it any more.
+        flight = _Flight(replace(line, data=None), read.custom_id, request.without_messages(), model, answers)
         for one in asked:
             self._live[one.id] = flight
+            self._held_bytes += _pixel_bytes(one)
             client.submit(one)
 
     def _running_client(self) -> InProcessClient:
@@ -161,10 +166,11 @@ class _Run:
             if (num_output := answer.tokens(event)) is not None:
                 client.finish(event.request_id, num_output)
             return
-        del self._live[event.request_id]
+        self._forget(event.request_id)
         if isinstance(event, ErrorEvent):
             for request_id in flight.answers:
-                if self._live.pop(request_id, None) is not None:
+                if request_id in self._live:
+                    self._forget(request_id)
                     client.abort(request_id)
             body = {"error": error_object(event.code, event.message)}
             self._ledger.keep(flight.line, flight.custom_id, status_of(event.code), dump(body))
@@ -172,6 +178,10 @@ class _Run:
         flight.completions[answer.index] = answer.end(event)
         if len(flight.completions) == len(flight.answers):
             self._answer(flight)
+
+    def _forget(self, request_id: str) -> None:
+        flight = self._live.pop(request_id)
+        self._held_bytes -= _pixel_bytes(flight.answers[request_id].request)
 
     def _answer(self, flight: _Flight) -> None:
         completions = [flight.completions[i] for i in range(len(flight.answers))]
@@ -184,3 +194,7 @@ class _Run:
         usage = body["usage"]
         tokens = (usage["prompt_tokens"], usage["completion_tokens"])
         self._ledger.keep(flight.line, flight.custom_id, 200, dump(body), *tokens)
+
+
+def _pixel_bytes(request: Request) -> int:
+    return sum(len(image.pixels) for image in request.images)

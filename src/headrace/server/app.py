@@ -69,6 +69,7 @@ def _document_routes(service: Service) -> APIRouter:
         max_model_len=limits.max_model_len,
         max_choices=opened.config.max_num_seqs + service.settings.max_queued,
         empty_prompt=opened.has_text and bool(opened.tokenizer.encode("")),
+        max_images=0 if limits.images is None else limits.images.most,
     )
     document = dump(openapi_document(bounds, keyed=bool(service.settings.api_key)))
     router = APIRouter(include_in_schema=False)

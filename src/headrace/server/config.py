@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.core.errors import InvalidParameter
 
 TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral")
 METRIC_NAMES = ("headrace", "vllm", "tgi")
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+TEXT_BODY_MIB = 2.0
+"""Largest body that has no images."""
+IMAGE_BODY_MIB = 64.0
+"""At most so much more for images, unless --max-body-mib says otherwise."""
+BASE64 = 4 / 3
+"""Characters a byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,11 @@ class ServeConfig:
     """Most seconds for a request's body to arrive."""
     write_timeout: float = 30.0
     """Most seconds that a client may leave an answer unread."""
-    max_body_mib: float = 2.0
-    """Largest body of a request, in MiB."""
+    max_body_mib: float | None = None
+    """Largest body of a request, in MiB. Otherwise 2, and up to 64 more where the model reads images."""
+    max_held_mib: int = 1024
+    """Memory for long bodies that are read and for the pixels of requests that wait or run, in MiB; a request that
+    finds none left is answered with 429 and when to try again."""
     keep_alive: float = 15.0
     """Seconds of silence after which a stream sends a comment; 0: never."""
     cors_origin: tuple[str, ...] = ()
@@ -67,7 +76,9 @@ class ServeConfig:
         for name in ("drain", "keep_alive"):
             _number(name, getattr(self, name), 0, 86_400)
         _number("price_per_kwh", self.price_per_kwh, 0, 1e9)
-        _number("max_body_mib", self.max_body_mib, 0.001, 1024)
+        if self.max_body_mib is not None:
+            _number("max_body_mib", self.max_body_mib, 0.001, 1024)
+        _number("max_held_mib", self.max_held_mib, 16, 1_048_576, int)
         if self.tool_parser not in TOOL_PARSERS:
             raise InvalidParameter("tool_parser", self.tool_parser, ", ".join(TOOL_PARSERS))
         for name in self.metrics_as:
@@ -83,7 +94,13 @@ class ServeConfig:
 
     @property
     def max_body_bytes(self) -> int:
-        return int(self.max_body_mib * 2**20)
+        return int((TEXT_BODY_MIB if self.max_body_mib is None else self.max_body_mib) * 2**20)
+
+    def with_images(self, most: int, image_mib: float) -> ServeConfig:
+        """The same where the model reads up to `most` images of `image_mib` MiB each: bodies have room for them."""
+        if self.max_body_mib is not None:
+            return self
+        return replace(self, max_body_mib=TEXT_BODY_MIB + min(most * image_mib * BASE64, IMAGE_BODY_MIB))
 
 
 def _number(name: str, value: object, low: float, high: float, kind: type = float) -> None:

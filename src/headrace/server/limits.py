@@ -340,6 +340,7 @@ async def read_json(request: Request, limit_bytes: int, max_depth: int = MAX_DEP
             raise _too_large(limit_bytes)
         pieces.append(piece)
     body = b"".join(pieces)
+    pieces.clear()  # a body with images is long: it is held once
     if num_bytes > THREAD_BYTES:
         return await asyncio.to_thread(parse_body, body, max_depth)
     return parse_body(body, max_depth)

@@ -70,13 +70,19 @@ class _Routes:
         salt = service.salt(request)
         try:
             requests = await service.prepare(
-                lambda: self._requests(asked, request_id, salt, adapter), asked.choices, timeout_s
+                lambda: self._requests(asked, request_id, salt, adapter),
+                asked.choices,
+                timeout_s,
+                images=request if asked.has_images else None,
             )
         except GrammarError as error:
             raise GrammarError(str(error), grammar_field(body)) from None
         stamp = service.stamp(request_id, model)
         headers = ignored_header(asked.ignored)
         run = service.run(requests, request, "chat" if kind == "chat" else "text_completion")
+        # From here on images are the engine's: what this holds is counted no more (`server/held.py`).
+        del body, requests
+        asked = asked.without_messages()
         parsers = call_parsers(asked, service.opened, service.settings.tool_parser)
         tokenizer = service.opened.tokenizer if service.opened.has_text else None
         if asked.stream:
@@ -148,7 +154,9 @@ class _Routes:
             asked = read_body("chat", chat, strict=service.settings.strict)
             unknown.names += asked.ignored
             style = service.settings.tool_parser
-            found = await service.work(lambda: engine_requests(asked, service.opened, "", tool_parser=style))
+            found = await service.work(
+                lambda: engine_requests(asked, service.opened, "", tool_parser=style), asked.has_images
+            )
             ids = list(found[0].token_ids)
         elif "content" in body:
             ids = await self._encode(fields, "content", fields.flag("add_special"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from headrace.core.errors import CodedError, HeadraceError
@@ -29,9 +30,10 @@ class Run:
         on_end: OnEnd | None = None,
     ) -> None:
         """Raises NotReady while there is no engine."""
-        self.answers = [Answer(i, request, tokenizer, request.arrival_s, i) for i, request in enumerate(requests)]
+        self.requests = [replace(request, images=()) for request in requests]
+        """Without their images: the engine has these."""
+        self.answers = [Answer(i, request, tokenizer, request.arrival_s, i) for i, request in enumerate(self.requests)]
         self.completions: list[Completion | None] = [None] * len(requests)
-        self._requests = requests
         self._supervisor = supervisor
         self._metrics = metrics
         self._on_end = on_end
@@ -55,7 +57,7 @@ class Run:
             last_s, self._last_s[index] = self._last_s[index], event.time_s
             share = self._shares[index]
             if last_s is None:
-                self._metrics.first_token(event.time_s - self._requests[index].arrival_s, share)
+                self._metrics.first_token(event.time_s - self.requests[index].arrival_s, share)
             self._metrics.tokens(len(event.token_ids), None if last_s is None else event.time_s - last_s, share)
             if (num_output := answer.tokens(event)) is not None:
                 self._supervisor.finish(event.request_id, num_output)
@@ -69,7 +71,7 @@ class Run:
         self.wake()
 
     def _record(self, index: int, completion: Completion) -> None:
-        request, share = self._requests[index], self._shares[index]
+        request, share = self.requests[index], self._shares[index]
         if completion.error is not None:
             self._metrics.failed(completion.error.code, share)
         else:
@@ -120,7 +122,7 @@ class Run:
         if self._closed or self.done:
             return
         self._closed = True
-        for request, completion, share in zip(self._requests, self.completions, self._shares, strict=True):
+        for request, completion, share in zip(self.requests, self.completions, self._shares, strict=True):
             if completion is None:
                 self._supervisor.abort(request.id)
                 self._metrics.aborted(share)

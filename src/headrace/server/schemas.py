@@ -100,7 +100,7 @@ def _request_schemas(bounds: Bounds) -> dict[str, Schema]:
         "ChatRequest": chat_request(bounds),
         "CompletionRequest": completion_request(bounds),
         "RenderedChat": rendered_chat(bounds, model=label, n=maybe("integer", 1, minimum=1, maximum=MAX_N)),
-        "Message": message(),
+        "Message": message(bounds.max_images),
         "Tool": tool(called=False),
         "Tools": tool(called=False, several=True),
         "CalledTool": tool(called=True),

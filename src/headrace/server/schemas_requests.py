@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.api.messages import MAX_CALLS, ROLES
+from headrace.api.messages import DETAILS, MAX_CALLS, ROLES
 from headrace.api.openai import COMPLETION_MAX_TOKENS, INERT, MAX_CHOICES, NEUTRAL, RESERVED_VARIABLES
 from headrace.api.structured import MAX_CHOICES as MAX_OPTIONS
 from headrace.core.types import MAX_INT, MAX_LOGPROBS, MAX_N
@@ -29,6 +29,10 @@ NAME = "^[a-zA-Z0-9_-]{1,64}$"
 OTHER_NAME = r"^(?:[a-zA-Z0-9_-]|[^\p{Any}]){1,64}$"
 """The same, and as `ANY` for checks alone: of several tools each has a name of its own."""
 LARK = '^start: "[a-z ]{1,16}"$'
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+"""An image that is surely taken: one red pixel."""
 ARGUMENTS = r'^(?:\{(?:"[a-z]{1,8}": (?:"[a-z ]{0,16}"|-?[1-9][0-9]{0,5}|true|false|null))?\})?$'
 
 
@@ -44,6 +48,8 @@ class Bounds:
     """Most answers to one body: prompts × n."""
     empty_prompt: bool = False
     """Whether a text without characters has tokens."""
+    max_images: int = 0
+    """Most images of a body; 0: the model reads none."""
 
 
 def ref(name: str) -> Schema:
@@ -303,16 +309,24 @@ def rendered_chat(bounds: Bounds, **more: Schema) -> Schema:
     return obj(fields, "messages", allOf=[_CONTINUED])
 
 
-def message() -> Schema:
-    """A message of a chat."""
+def _image_part(max_images: int) -> Schema:
+    url = {
+        "anyOf": [{"const": PIXEL}, {"type": "string", "pattern": ANY}],
+        "example": PIXEL,
+        "description": "data: with a PNG, JPEG, WebP or GIF in base64; http:, https: and file: where they are allowed.",
+    }
+    detail = one_of(*DETAILS) | {"description": "Without any effect: each image is looked at as closely as can be."}
+    image: Schema = {"anyOf": [obj({"url": url, "detail": detail}, "url"), url]}
+    told = f"Up to {max_images} images in a body."
+    return obj({"type": {"const": "image_url"}, "image_url": image}, "type", "image_url", description=told)
+
+
+def message(max_images: int = 0) -> Schema:
+    """A message of a chat. `max_images`: of a body; 0: the model reads none."""
     text = maybe("string")
     part = obj({"type": {"const": "text"}, "text": {"type": "string"}}, "type", "text")
-    content: Schema = {
-        "type": ["string", "array"],
-        "minItems": 1,
-        "items": part,
-        "example": "Hello",
-    }
+    told: Schema = {"type": ["string", "array"], "minItems": 1, "items": part, "example": "Hello"}
+    content = told | {"items": {"anyOf": [part, _image_part(max_images)]}} if max_images else told
     never = {"type": "null"}
     shared = {
         **dict.fromkeys(("name", "reasoning", "reasoning_content", "thinking"), text),
@@ -334,7 +348,7 @@ def message() -> Schema:
     said = shared | {"tool_call_id": never}
     calling = said | {"role": {"const": "assistant"}, "tool_calls": calls}
     calling["content"] = content | {"type": ["string", "array", "null"]}
-    result = shared | no_calls | {"role": {"const": "tool"}, "content": content, "tool_call_id": identifier}
+    result = shared | no_calls | {"role": {"const": "tool"}, "content": told, "tool_call_id": identifier}
     return {
         "anyOf": [
             obj(said | no_calls | {"role": roles, "content": content}, "role", "content"),

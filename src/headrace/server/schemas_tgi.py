@@ -81,7 +81,12 @@ def _type(schema: Schema) -> str:
 
 def tgi_request(parameters: str, **stream: Any) -> Schema:
     """A body of TGI. `parameters`: the schema's name; `stream`: that of the field, if not any boolean."""
-    inputs = {"type": "string", "minLength": 1, "example": "The capital of France is"}
+    inputs = {
+        "type": "string",
+        "minLength": 1,
+        "example": "The capital of France is",
+        "description": "For a model that sees, ![](URL) is an image in its place.",
+    }
     fields = {"inputs": inputs, "parameters": ref(parameters), "stream": stream or maybe("boolean", False)}
     return obj(fields, "inputs")
 

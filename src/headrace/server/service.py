@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from headrace.engine.identity import ModelIdentity
 from headrace.engine.model import OpenModel
 from headrace.engine.supervisor import Supervisor
 from headrace.server.config import ServeConfig
+from headrace.server.held import Hold, Room
 from headrace.server.limits import read_json
 from headrace.server.metrics import ServerMetrics
 from headrace.server.run import OnEnd, Run
@@ -37,6 +38,8 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 60
 """What `Retry-After` says."""
 RATE_SAMPLES = 10
 TIMEOUT_HEADER = "x-request-timeout"
+IMAGE_WORKERS = 4
+"""Threads that fetch and decode images: a large one takes some 128 MiB meanwhile, and a slow address only waits."""
 SAMPLE_S = 1.0
 """Between two looks at the meters and the engine's counts."""
 
@@ -75,7 +78,10 @@ class Service:
         traces: Traces | None = None,
     ) -> None:
         self.opened = opened
+        if (seen := opened.limits.images) is not None:
+            settings = settings.with_images(seen.most, opened.requested.max_image_mib)
         self.settings = settings
+        self.room = Room(settings.max_held_mib * 2**20)
         self.supervisor = supervisor
         self.metrics = metrics
         self.traces = traces
@@ -92,14 +98,28 @@ class Service:
         self._drained = DrainRate()
         # Templates and long texts are not for the loop that every stream waits on.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="headrace-prepare")
+        # Nor are images for the threads that every text waits for.
+        self._image_workers = ThreadPoolExecutor(IMAGE_WORKERS, thread_name_prefix="headrace-images")
         # A grammar may take its whole second. Those that wait for one another here are told so by the checker.
         self._checkers = ThreadPoolExecutor(8, thread_name_prefix="headrace-grammars")
 
     # ------------------------------------------------------------ bodies
 
     async def read_json(self, request: HttpRequest) -> dict[str, Any]:
-        """A request's body. Raises RequestError, BodyTooLarge."""
-        return await read_json(request, self.settings.max_body_bytes)
+        """A request's body. Raises RequestError, BodyTooLarge, QueueFull."""
+        hold = Hold(self.room)
+        request.scope.setdefault("state", {})["hold"] = hold
+        # The task of a request ends with the last byte of its answer, or without one.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: hold.close())
+        try:
+            body = await read_json(hold.reading(request), self.settings.max_body_bytes)
+        except QueueFull as error:
+            self.metrics.rejected(error.code)
+            raise
+        hold.parsed()
+        return body
 
     def request_id(self, request: HttpRequest) -> str:
         """128 random bits, those of the answer's header x-request-id."""
@@ -149,41 +169,88 @@ class Service:
             )
 
     async def prepare(
-        self, make: Callable[[], tuple[Request, ...]], count: int = 1, timeout_s: float | None = None
+        self,
+        make: Callable[[], tuple[Request, ...]],
+        count: int = 1,
+        timeout_s: float | None = None,
+        images: HttpRequest | None = None,
     ) -> tuple[Request, ...]:
         """Makes the requests of one body (template, tokenising) off the event loop; `make` may raise RequestError.
-        `count`: how many they will be."""
+
+        `count`: how many they will be. `images`: the client's request where it has images, which may take long: they
+        have threads of their own, and neither a client that leaves nor a deadline waits for them. Raises ClientGone,
+        DeadlineExceeded.
+        """
         self.metrics.received(count)
         began_s = time.monotonic()
         self._preparing += count
         try:
-            requests = await self.work(make)
+            if images is None:
+                requests = await self.work(make)
+            else:
+                requests = await self._in_time(self.work(make, images=True), images, timeout_s)
             if grammar := requests[0].grammar:
                 loop = asyncio.get_running_loop()
                 grammar = await loop.run_in_executor(self._checkers, self.grammars.check, grammar)
                 requests = tuple(replace(one, grammar=grammar) for one in requests)
+        except ClientGone:
+            for _ in range(count):
+                self.metrics.aborted()
+            raise
         except HeadraceError as error:
             self.metrics.failed(error.code)
             raise
         finally:
             self._preparing -= count
         if timeout_s is not None and time.monotonic() > began_s + timeout_s:
-            raise DeadlineExceeded(f"not finished by its deadline of {timeout_s:g} s")
+            raise _too_late(timeout_s)
         join_by_s = began_s + self.settings.queue_timeout
         deadline_s = None if timeout_s is None else began_s + timeout_s
         return tuple(replace(one, arrival_s=began_s, join_by_s=join_by_s, deadline_s=deadline_s) for one in requests)
 
-    async def work(self, make: Callable[[], T]) -> T:
-        """Runs something that takes long off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, make)
+    async def work(self, make: Callable[[], T], images: bool = False) -> T:
+        """Runs something that takes long off the event loop. `images`: it looks at some."""
+        workers = self._image_workers if images else self._workers
+        return await asyncio.get_running_loop().run_in_executor(workers, make)
 
-    def run(self, requests: Sequence[Request], http: HttpRequest | None = None, operation: str = "") -> Run:
-        """Gives the requests to the engine. `http` and `operation`: for a trace. Raises NotReady, ShuttingDown."""
+    async def _in_time(self, work: Awaitable[T], http: HttpRequest, timeout_s: float | None) -> T:
+        """Waits for work. Without its client, or past its deadline, work that has not begun is never done, and what
+        comes of other work is dropped. Raises ClientGone, DeadlineExceeded."""
+        working, gone = asyncio.ensure_future(work), asyncio.create_task(until_gone(http))
+        try:
+            await asyncio.wait([working, gone], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if gone.done():
+                raise ClientGone("the client closed the connection")
+            raise _too_late(timeout_s)
+        finally:
+            working.cancel()
+            gone.cancel()
+
+    def run(
+        self, requests: Sequence[Request], http: HttpRequest | None = None, operation: str = "", kept_bytes: int = 0
+    ) -> Run:
+        """Gives the requests to the engine. `http`: the client's; `operation`: for a trace; `kept_bytes`: so much of
+        the body the answer repeats. Raises NotReady, ShuttingDown, and where there is no room for the pixels QueueFull
+        or BodyTooLarge."""
         if self._ending.is_set():
             raise ShuttingDown("the server is shutting down")
+        if http is not None:
+            self._hold_pixels(requests, http, kept_bytes)
         tokenizer = self.opened.tokenizer if self.opened.has_text else None
         on_end = None if http is None else self._tracing(http, operation)
         return Run(self.supervisor, self.metrics, requests, tokenizer, on_end)
+
+    def _hold_pixels(self, requests: Sequence[Request], http: HttpRequest, kept_bytes: int) -> None:
+        """From now on the engine holds them, once for each answer; the rest of the body is not needed any more."""
+        hold: Hold = http.scope["state"]["hold"]
+        try:
+            hold.set(kept_bytes + sum(len(image.pixels) for one in requests for image in one.images))
+        except HeadraceError as error:
+            for _ in requests:
+                self.metrics.failed(error.code)
+            raise
 
     def _tracing(self, http: HttpRequest, operation: str) -> OnEnd | None:
         """What sends the spans of a body's answers, if traces are asked for."""
@@ -263,9 +330,13 @@ class Service:
         self.grammars.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
-        for pool in (self._workers, self._checkers):
+        for pool in (self._workers, self._image_workers, self._checkers):
             pool.shutdown(wait=False, cancel_futures=True)
         self.opened.close()
+
+
+def _too_late(timeout_s: float | None) -> DeadlineExceeded:
+    return DeadlineExceeded(f"not finished by its deadline of {timeout_s or 0:g} s")
 
 
 async def until_gone(request: HttpRequest) -> None:

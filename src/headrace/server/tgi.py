@@ -72,11 +72,17 @@ class _Routes:
         service.admit(asked.sampling.n)
         label, salt = service.request_id(request), service.salt(request)
         requests = await service.prepare(
-            lambda: engine_requests(asked, opened, label, salt), asked.sampling.n, timeout_s
+            lambda: engine_requests(asked, opened, label, salt),
+            asked.sampling.n,
+            timeout_s,
+            images=request if opened.images is not None and asked.may_have_images else None,
         )
         queued_s = time.monotonic()
         headers = prompt_headers(opened.config.backend, len(asked.inputs)) | ignored_header(asked.ignored)
-        run = service.run(requests, request, "text_completion")
+        # From here on images are the engine's: what this holds is counted no more (`server/held.py`).
+        asked = asked.without_inputs()
+        run = service.run(requests, request, "text_completion", kept_bytes=len(asked.inputs))
+        requests = tuple(run.requests)
         if asked.stream:
             return StreamResponse(service, run, TgiStream(asked, requests[0], opened), headers)
         completions = await service.whole(request, run)
