@@ -228,7 +228,7 @@ def image_prompt(inputs: str) -> ImagePrompt:
     pieces = _IMAGE.split(inputs)
     mark = f"<{secrets.token_hex(16)}>"  # nobody can type it
     names = [f"inputs[{index}]" for index in range(len(pieces) // 2)]
-    return ImagePrompt(mark.join(pieces[::2]), pieces[1::2], names, mark)
+    return ImagePrompt(mark.join(pieces[::2]), pieces[1::2], names, mark, "inputs")
 
 
 # ---------------------------------------------------------------- errors

@@ -279,7 +279,8 @@ class ChatModel:
             return Asked(question, text, Encoded(tuple(opened.encode_text(text, False))))
         ends = pairwise(accumulate(patches, initial=0))
         images = [self._prepare(tiles[start:stop], f"pixel_values{where}") for start, stop in ends]
-        prompt = ImagePrompt(text, images, [f"pixel_values{where}"] * len(images), mark)
+        names = [f"pixel_values{where}"] * len(images)
+        prompt = ImagePrompt(text, images, names, mark, f"questions{where}" if where else "question", False)
         return Asked(question, text.replace(mark, IMAGE_MARK), self._encode(prompt))
 
     def _answer(self, asked: Sequence[Asked], generation: Generation, verbose: bool) -> list[str]:

@@ -114,6 +114,10 @@ class ImagePrompt:
     names: Sequence[str] = ()
     """What errors call each; without: images[0], images[1] …"""
     mark: str = IMAGE_MARK
+    field: str = "prompt"
+    """What errors call the text."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer puts its own tokens around the text; what a template has made has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +216,17 @@ class ImageReader:
             return self._place(prompt.prompt, self.prepare(pictures), "prompt_token_ids")
         texts = self._around(prompt, len(pictures))
         if not pictures:
-            return Encoded(tuple(encode(prompt.prompt, True)))
+            return Encoded(tuple(encode(prompt.prompt, prompt.add_special_tokens)))
         images = self.prepare(pictures)
         shown = [self.text_of(image) for image in images]
         text = "".join(part for pair in zip(texts, [*shown, ""], strict=True) for part in pair)
-        return self._place(encode(text, True), images, "prompt")
+        return self._place(encode(text, prompt.add_special_tokens), images, prompt.field)
 
     def _around(self, prompt: ImagePrompt, count: int) -> list[str]:
         """The texts before, between and behind the images."""
         assert isinstance(prompt.prompt, str)
         if count:
-            self._refuse_typed(prompt.prompt, "prompt")
+            self._refuse_typed(prompt.prompt, prompt.field)
         texts = prompt.prompt.split(prompt.mark)
         if len(texts) == 1 and count:
             return ["", *["\n"] * (count - 1), "\n" + prompt.prompt]
