@@ -200,6 +200,7 @@ class Bench:
             "precision": spec.precision,
             "threads": self._threads,
             "max_len": work.max_len,
+            "padded_len": work.max_len,  # prompts are of one length, and so are answers
             "max_requests": len(work.prompts),
             "settings": dict(spec.settings),
         }

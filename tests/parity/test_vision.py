@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from transformers import InternVLVisionConfig
 from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddings
 
-from headrace.backends.torch.backend import TorchBackend
 from headrace.backends.torch.parameters import Slots
 from headrace.backends.torch.vision.encoder import Encoder, resized
 from headrace.core.spec import ModelSpec
@@ -134,7 +133,7 @@ def test_greedy_tokens(kind: Kind, opened: Any, reference: Any, folder: Folder) 
     assert [driver.answer(prompt, 32) for prompt in prompts] == wanted
     assert [driver.answer(prompt, 32, chunk=5) for prompt in prompts] == wanted
     assert in_one_batch(driver, prompts, 7) == wanted
-    uncached = open_vision(folder(kind), kind, backend=TorchBackend(image_cache_bytes=0))
+    uncached = open_vision(folder(kind), kind, image_cache_bytes=0)
     assert in_one_batch(uncached.driver, prompts, 3) == wanted
     assert not uncached.vision.cache.nbytes
     assert in_one_batch(uncached.driver, prompts, 1024, preempt=True) == wanted
@@ -215,7 +214,7 @@ def test_stored_positions_are_resized(opened: Any) -> None:
 def test_bits_depend_on_the_row_alone(kind: Kind, dtype: str, threads: int, folder: Folder) -> None:
     """Logits of a prompt with two pictures: whole, in chunks that end within them, in company that has the same and
     other pictures, out of the cache and without one."""
-    model = open_vision(folder(kind), kind, dtype=dtype, threads=threads, backend=TorchBackend(image_cache_bytes=3000))
+    model = open_vision(folder(kind), kind, dtype=dtype, threads=threads, image_cache_bytes=3000)
     driver, pad, side = model.driver, pad_of(kind), side_of(model)
     mine = prompt_of(pad, [text(5), picture(3, side), text(4), picture(2, side), text(7)], tags=2)
     others = [

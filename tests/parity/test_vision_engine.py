@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from headrace.backends import ranges
-from headrace.backends.torch.backend import TorchBackend
 from headrace.core.errors import EngineError, UnsupportedModel, WeightsMismatch
 from headrace.core.types import (
     Capacity,
@@ -130,7 +129,7 @@ def test_every_way_gives_the_same_tokens(
 ) -> None:
     """A batch of them, twice over: the second time out of the prefix cache, which tells pictures apart that differ in
     the third of seven tiles; then with so few blocks that rows are preempted."""
-    model = open_vision(path, KIND, backend=TorchBackend(image_cache_bytes=image_cache_bytes))
+    model = open_vision(path, KIND, image_cache_bytes=image_cache_bytes)
     core = engine(model, max_tokens=max_tokens, prefix_cache=True)
     assert wanted[3] != wanted[4]
     found, _ = answers(core, prompts())
@@ -175,7 +174,7 @@ def test_images_behind_a_prefix_are_not_encoded(opened: Opened) -> None:
 
 def test_a_row_within_an_image_keeps_it(path: Path) -> None:
     """Though nothing may be kept: until the row is through, or gone."""
-    model = open_vision(path, KIND, backend=TorchBackend(image_cache_bytes=0))
+    model = open_vision(path, KIND, image_cache_bytes=0)
     driver, encoded, cache_ = model.driver, counting(model), model.vision.cache
     prompt = prompt_of(PAD, [text(2), picture(3, SIDE), text(4)])
     row = driver.admit_prompt(prompt)
@@ -281,7 +280,7 @@ def test_adapters_are_for_the_decoder(opened: Opened) -> None:
 def test_explain_memory_and_ranges(opened: Opened) -> None:
     backend, driver = opened.backend, opened.driver
     assert "tile by tile through 3 blocks of width 40, shuffle_v2" in backend.explain()
-    assert backend.memory()["encoder_cache"] == backend.image_cache_bytes
+    assert backend.memory()["encoder_cache"] == 1 << 20
     prompt = prompts()[2]
     backend.profile(True)
     driver.answer(prompt, 3)

@@ -38,6 +38,7 @@ SIZES: dict[str, Any] = {
     "max_rows": 12,
     "max_tokens": 1024,
     "max_model_len": 512,
+    "image_cache_bytes": 1 << 20,
 }
 IMAGE_TEXT: Any = {"initializer_range": 0.15}
 """Logits of a few units: a difference of 1e-5 is then a difference of the arithmetic, and no two are nearly tied."""

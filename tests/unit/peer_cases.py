@@ -38,7 +38,15 @@ class Engine:
 
 runpy.run_path({str(DRIVERS / "serve.py")!r})["serve"](Engine())
 """
-LOAD: dict[str, Any] = {"op": "load", "model": "m", "precision": "p", "threads": 1, "max_len": 9, "max_requests": 4}
+LOAD: dict[str, Any] = {
+    "op": "load",
+    "model": "m",
+    "precision": "p",
+    "threads": 1,
+    "max_len": 9,
+    "padded_len": 9,
+    "max_requests": 4,
+}
 
 
 def task(*prompts: list[int], max_tokens: int = 3, gap_s: float = 0.0) -> dict[str, Any]:

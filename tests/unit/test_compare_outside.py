@@ -106,6 +106,7 @@ def test_it_is_told_what_the_base_is(bench: Bench, tmp_path: Path) -> None:
         "precision": "q4_1",
         "threads": 1,
         "max_len": 64,  # the context
+        "padded_len": 64,
         "max_requests": 4,  # the base's rows
         "settings": {"kv_unified": False},
     }

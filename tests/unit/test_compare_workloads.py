@@ -141,7 +141,7 @@ class TestNames:
         assert str(caught.value) == f"workload: got {spec!r}, allowed: {ALLOWED}"
 
     def test_images_are_refused(self, demo: OpenModel) -> None:
-        with pytest.raises(UnsupportedParameter, match=r"^workload: got 'image6', .*this build reads no images$"):
+        with pytest.raises(UnsupportedParameter, match=r"^workload: got 'image6', .*this model reads no images; .*do$"):
             read_workload("image6", demo, NONE)
 
     @pytest.mark.parametrize(
@@ -308,7 +308,11 @@ class TestBadFiles:
             ({"prompt": "a", "prompt_tokens": 5}, "prompt_tokens: got 5, allowed: to leave it out beside prompt"),
             ({"messages": []}, "messages: got "),
             ({"messages": [{"role": "user"}]}, r"messages\[0\].content: got None"),
-            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url.*not supported"),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"content\[0\]: got .*image_url"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+                r"messages\[0\]\.content\[0\]\.type: got 'an image'.*reads no images",
+            ),
             ({"token_ids": []}, r"token_ids: got \[\]"),
             ({"token_ids": "abc"}, "token_ids: got 'abc'"),
             ({"token_ids": [1, True]}, "token_ids: got "),

@@ -32,6 +32,8 @@ class BackendOptions:
     """How weights are kept: none (plain numbers), stored (as the checkpoint packs them), int8, int4."""
     kv_dtype: str = "float32"
     """float32, bfloat16, float16 or int8."""
+    image_cache_bytes: int = 0
+    """Of encoded images that no row needs any more, kept for whoever brings them again."""
 
 
 class Backend(Protocol):

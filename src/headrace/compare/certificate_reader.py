@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +9,22 @@ from typing import Any, cast
 
 from headrace.compare.certificate import ARITHMETIC, FORMAT, SCHEDULE, SEALED, WeightsFile, parts
 from headrace.compare.verdict import Verdict
-from headrace.compare.workloads import Workload, WorkloadRequest
+from headrace.compare.workloads import Workload, WorkloadRequest, is_digest
 from headrace.core.errors import CheckpointError, InputFileError, shorten
+from headrace.core.types import ImageSpan
 from headrace.weights.files import parse_object, read_file
 
 MAX_BYTES = 256 * 2**20
 MAX_TEXT = 2**20
 """Characters."""
+MAX_SOURCE = 2**26
+"""Characters of an image's URL: a data: URL is the file itself."""
 MAX_ENTRIES = 100_000
 MAX_TOKENS = 2**20
 """Of a prompt or of an answer."""
 MAX_ARRIVAL_S = 7 * 24 * 3600.0
 MAX_COUNT = 2**53
 MAX_ID = 2**32 - 1
-_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class _Fields:
         return cast("str", self.take(name, f"text of up to {MAX_TEXT} characters", _is_text))
 
     def digest(self, name: str) -> str:
-        return cast("str", self.take(name, "64 hexadecimal digits", _is_digest))
+        return cast("str", self.take(name, "64 hexadecimal digits", is_digest))
 
     def exactly(self, name: str, wanted: object) -> None:
         self.take(name, repr(wanted), lambda value: type(value) is type(wanted) and value == wanted)
@@ -181,12 +182,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
+def _is_source(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_SOURCE
+
+
 def _are_texts(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MAX_ENTRIES and all(map(_is_text, value))
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_integer(value: object) -> bool:
@@ -261,12 +262,15 @@ def _workload(fields: _Fields) -> Workload:
     (`check.changed_parts`)."""
     requests: list[WorkloadRequest] = []
     for one in fields.entries("requests"):
+        images = [_image(entry) for entry in one.entries("images")] if "images" in one.value else []
         request = WorkloadRequest(
             token_ids=one.ids("token_ids", 1),
             max_tokens=one.count("max_tokens", 1, MAX_TOKENS),
             arrival_s=one.number("arrival_s", MAX_ARRIVAL_S),
             title=one.text("title"),
             text=one.text("text"),
+            images=tuple(span for span, _ in images),
+            sources=tuple(source for _, source in images),
         )
         if requests and request.arrival_s < requests[-1].arrival_s:
             raise one.error("arrival_s", request.arrival_s, f"{requests[-1].arrival_s:g} or later: in order of arrival")
@@ -285,6 +289,14 @@ def _workload(fields: _Fields) -> Workload:
             allowed = shorten(manifest[name]) if name in manifest else "only what a workload's manifest has"
             raise fields.error(name, fields.value.get(name), allowed)
     return found
+
+
+def _image(fields: _Fields) -> tuple[ImageSpan, str]:
+    """Where it lies and what it is, without pixels; and where it comes from."""
+    start, length = fields.count("start", 0, MAX_TOKENS), fields.count("length", 1, MAX_TOKENS)
+    span = ImageSpan(start, length, fields.digest("hash"), fields.count("tiles", 1, MAX_TOKENS))
+    source = fields.take("source", f"text of up to {MAX_SOURCE} characters", _is_source)
+    return span, cast("str", source)
 
 
 def _weights(fields: _Fields) -> tuple[WeightsFile, ...]:

@@ -32,11 +32,14 @@ from headrace.compare.machine import probe_machine
 from headrace.compare.methods import Method, Outcome
 from headrace.compare.methods.bench import Bench
 from headrace.compare.methods.registry import URL, make_method
+from headrace.compare.pictures import with_pixels
 from headrace.compare.score import Known, loader, score
 from headrace.compare.verdict import RANKS, RequestVerdict, Verdict, first_difference
-from headrace.compare.workloads import check_room
+from headrace.compare.workloads import Workload, check_room
 from headrace.core.config import ResolvedConfig
 from headrace.core.errors import InvalidParameter, shorten
+from headrace.core.types import ImageSpan
+from headrace.engine.images import Encoded
 from headrace.engine.model import OpenModel, create_backend
 
 GUARDED = ("weights", "tokenizer_sha256", "workload", "prompts", "sampling", "reference", "method")
@@ -121,9 +124,9 @@ def check(
         decides = CLASS | ({"versions.torch"} if opened.config.backend == "torch" else frozenset())
         same_class = not any(one.part in decides for one in settings)
         if not blocked:
-            _check_runnable(certificate, opened)
-            outcomes = _run(certificate, Bench(opened), found, progress, make)
-            found += _answers(certificate, opened, outcomes, progress)
+            workload = _runnable(certificate, opened)
+            outcomes = _run(certificate, workload, Bench(opened), found, progress, make)
+            found += _answers(certificate, workload, opened, outcomes, progress)
     changed = {one.part for one in found if one.kind is Kind.FILE}
     found += settings
     kept = [one for one in found if one.kind is Kind.FILE or one.part not in changed]
@@ -250,16 +253,19 @@ def _compare_config(side: str, said: Mapping[str, Any] | None, here: ResolvedCon
             yield Difference(kind, f"{side}.config.{field}", _there_and_here(known.get(field), found.get(field)))
 
 
-def _check_runnable(certificate: Certificate, opened: OpenModel) -> None:
-    """Raises RequestError for prompts that this model cannot be given, and for a method that a file may not choose."""
+def _runnable(certificate: Certificate, opened: OpenModel) -> Workload:
+    """The workload with its images' pixels. Raises RequestError for prompts that this model cannot be given, for an
+    image that is another here, and for a method that a file may not choose."""
     for side in (certificate.reference, certificate.method):
         if side.name.startswith(URL):
             raise InvalidParameter("method", side.name, "what can be run on this machine: an address proves nothing")
-    for index, one in enumerate(certificate.workload.requests):
+    workload = with_pixels(certificate.workload, opened, "workload.requests.{}")
+    for index, one in enumerate(workload.requests):
         where = f"workload.requests.{index}"
         room = opened.limits.max_model_len
         check_room(f"{where}.token_ids", len(one.token_ids), f"{where}.max_tokens", one.max_tokens, room)
-        opened.request(where, one.token_ids, certificate.workload.sampling(index))
+        opened.request(where, Encoded(one.token_ids, one.images), workload.sampling(index))
+    return workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +278,7 @@ class _Rerun:
 
 def _run(
     certificate: Certificate,
+    workload: Workload,
     bench: Bench,
     found: list[Difference],
     progress: Progress,
@@ -286,8 +293,8 @@ def _run(
                 method = make(said.name, bench)
                 progress(f"running again: {said.name}")
                 try:
-                    method.start(certificate.workload)
-                    outcome = method.run(certificate.workload)
+                    method.start(workload)
+                    outcome = method.run(workload)
                 finally:
                     method.close()
                 found += _compare_config(side, said.config, method.config)
@@ -299,7 +306,7 @@ def _run(
 
 
 def _answers(
-    certificate: Certificate, opened: OpenModel, reruns: Mapping[str, _Rerun], progress: Progress
+    certificate: Certificate, workload: Workload, opened: OpenModel, reruns: Mapping[str, _Rerun], progress: Progress
 ) -> Iterator[Difference]:
     """Answers that are not the certificate's, each with the place where it leaves that one and the margin there."""
     results = certificate.results
@@ -320,9 +327,12 @@ def _answers(
         progress(f"scoring {len(wrong)} answers that differ")
         # The engine's weights go before those of the scoring come.
         gc.collect()
-        prompts = certificate.workload.prompts
+        prompts = workload.prompts
         margins = _margins(
-            [(prompts[index], recorded[index], outputs[index]) for index in wrong], opened, reruns[side].config
+            [(prompts[index], recorded[index], outputs[index]) for index in wrong],
+            [workload.requests[index].images for index in wrong],
+            opened,
+            reruns[side].config,
         )
         for index, margin in zip(wrong, margins, strict=True):
             token = first_difference(recorded[index], outputs[index])
@@ -333,22 +343,25 @@ def _answers(
 
 def _margins(
     pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]],
+    images: Sequence[tuple[ImageSpan, ...]],
     opened: OpenModel,
     config: ResolvedConfig,
 ) -> list[float | None]:
     """Of (prompt, certified answer, answer here) the margin where the two part, in the arithmetic `config`; None: the
-    certified answer has ended there."""
+    certified answer has ended there. `images`: of each prompt."""
     known: list[Known] = []
+    seen: list[tuple[ImageSpan, ...]] = []
     places = [first_difference(certified, answer) for _, certified, answer in pairs]
-    for (prompt, certified, answer), token in zip(pairs, places, strict=True):
+    for (prompt, certified, answer), spans, token in zip(pairs, images, places, strict=True):
         assert token is not None
         if token < len(certified):
+            seen.append(spans)
             # What the file says from there on may be no tokens of this model, and decides nothing.
             known.append((prompt, (*answer[:token], prompt[-1])))
     if not known:
         return [None] * len(pairs)
     longest = max(len(prompt) + len(output) for prompt, output in known)
-    scores = iter(score(known, config.block_size, loader(opened, config, longest), None))
+    scores = iter(score(known, config.block_size, loader(opened, config, longest), None, seen))
     return [
         None if token == len(certified) else next(scores).margins[-1]
         for (_, certified, _), token in zip(pairs, places, strict=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headrace.compare.pictures import SCHEME, PictureReader
 from headrace.compare.workloads import Workload, WorkloadRequest, check_room
+from headrace.core.errors import UnsupportedParameter
 from headrace.core.types import SamplingParams
+from headrace.engine.images import IMAGE_MARK
 
 if TYPE_CHECKING:
     from headrace.engine.model import OpenModel, Prompt
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 class Question:
     title: str
     text: str
+    picture: str = ""
+    """One of `compare.pictures`; empty: none."""
 
 
 TEXT4 = (
@@ -50,6 +55,33 @@ TEXT4 = (
 )
 """The four text questions."""
 
+IMAGE6 = (
+    Question("a meme", "<image>\nExplain why this meme is funny", "meme"),
+    Question(
+        "three objects",
+        "<image>\nWhat is the difference between the left, middle and right object in the image?",
+        "objects",
+    ),
+    Question(
+        "which lane",
+        "<image>\nYou are a helpful driving assistant. In this scene, which lane should I choose and why?",
+        "road",
+    ),
+    Question("pseudo code", "<image>\nWrite code based on the provided pseudo code", "pseudo_code"),
+    Question(
+        "food poisoning",
+        "<image>\nAccording to the table, explain which food is the most likely cause of the outbreak of food "
+        "poisoning?",
+        "food_table",
+    ),
+    Question(
+        "market share",
+        "<image>\nWhat percentage of market share does NVIDIA have for data center GPUs in 2023?",
+        "market_share",
+    ),
+)
+"""The six questions with a picture each; the study's own pictures are not public, these are ours."""
+
 
 def text4(opened: OpenModel, max_tokens: int) -> Workload:
     """The four text questions for one model, all at once. Raises RequestError if one, with its answer, does not fit the
@@ -63,3 +95,32 @@ def text4(opened: OpenModel, max_tokens: int) -> Workload:
         check_room("workload", len(token_ids), "max_tokens", max_tokens, opened.limits.max_model_len)
         requests.append(WorkloadRequest(token_ids, max_tokens, title=question.title, text=question.text))
     return Workload("text4", tuple(requests), templated=templated)
+
+
+def image6(opened: OpenModel, max_tokens: int) -> Workload:
+    """The six questions with pictures for one model, all at once. Raises UnsupportedParameter for a model that reads no
+    images, InvalidParameter if a prompt, with its answer, does not fit the model's context."""
+    if opened.spec.vision is None:
+        allowed = "a workload of text: this model reads no images; InternVL, NVLM-D and Open-Qwen2VL do"
+        raise UnsupportedParameter("workload", "image6", allowed)
+    sampling = SamplingParams(max_tokens=max_tokens)
+    reader = PictureReader(opened)
+    requests: list[WorkloadRequest] = []
+    for number, question in enumerate(IMAGE6, 1):
+        source = f"{SCHEME}{question.picture}"
+        image = {"type": "image", "image": reader.read(source, f"question {number}")}
+        text = {"type": "text", "text": question.text.removeprefix(f"{IMAGE_MARK}\n")}
+        prompt: Prompt = [{"role": "user", "content": [image, text]}]
+        asked = opened.request(f"question {number}", prompt, sampling)
+        check_room("workload", len(asked.token_ids), "max_tokens", max_tokens, opened.limits.max_model_len)
+        requests.append(
+            WorkloadRequest(
+                asked.token_ids,
+                max_tokens,
+                title=question.title,
+                text=question.text,
+                images=asked.images,
+                sources=(source,),
+            )
+        )
+    return Workload("image6", tuple(requests), templated=True)

@@ -245,13 +245,14 @@ def score_runs(
             for question, output in enumerate(outcome.outputs)
         )
         known: list[Known] = [(workload.prompts[question], output) for question, output in answers]
+        images = [workload.requests[question].images for question, _ in answers]
         longest = max(len(prompt) + len(output) for prompt, output in known)
         by_fp32 = loader(opened, reference, longest)
         if config is None:
-            scores = [one.without_kl() for one in score(known, opened.config.block_size, by_fp32, None)]
+            scores = [one.without_kl() for one in score(known, opened.config.block_size, by_fp32, None, images)]
         else:
             other = None if is_reference(config) else by_fp32
-            scores = score(known, config.block_size, loader(opened, config, longest), other)
+            scores = score(known, config.block_size, loader(opened, config, longest), other, images)
         for answer, one in zip(answers, scores, strict=True):
             for name in names:
                 found[name, *answer] = one

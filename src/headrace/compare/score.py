@@ -20,7 +20,7 @@ from headrace.compare.verdict import Epsilon, Scored
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import EngineError, HeadraceError, NonFiniteLogits
 from headrace.core.sizing import blocks_for
-from headrace.core.types import Admit, RowStep, SamplingParams, StepPlan
+from headrace.core.types import Admit, ImageSpan, RowStep, SamplingParams, StepPlan
 from headrace.engine.hardware import installed_backends
 from headrace.engine.model import OpenModel, create_backend
 
@@ -33,6 +33,8 @@ PORTABLE = "portable"
 Logits = NDArray[np.float32]
 Known = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt, output) in token ids."""
+Images = Sequence[tuple[ImageSpan, ...]]
+"""The images of each prompt; nothing: there are none."""
 Load = Callable[[], Backend]
 
 
@@ -63,15 +65,18 @@ def loader(opened: OpenModel, config: ResolvedConfig, longest: int) -> Load:
     return lambda: opened.load_backend(config.backend, options)[0]
 
 
-def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | None) -> list[Scored]:
+def score(
+    known: Sequence[Known], block_size: int, own: Load, reference: Load | None, images: Images = ()
+) -> list[Scored]:
     """Runs every answer through the method's own arithmetic, then through the reference's.
 
-    `reference` None: the two are one, and one run serves both. Raises EngineError if a backend cannot.
+    `images`: of each of `known`, where any has some. `reference` None: the two are one, and one run serves both. Raises
+    EngineError if a backend cannot.
     """
     results = [_Parts() for _ in known]
     with tempfile.TemporaryFile() as spill:
         with closing(own()) as backend:
-            for parts, logits in _walk(backend, known, block_size, results):
+            for parts, logits in _walk(backend, known, block_size, results, images):
                 parts.margins += margins(logits)
                 if reference is None:
                     parts.take_reference(logits, [0.0] * len(logits))
@@ -80,7 +85,7 @@ def score(known: Sequence[Known], block_size: int, own: Load, reference: Load | 
         if reference is not None:
             spill.seek(0)
             with closing(reference()) as backend:
-                for parts, logits in _walk(backend, known, block_size, results):
+                for parts, logits in _walk(backend, known, block_size, results, images):
                     parts.take_reference(logits, kl_divergence(logits, _read(spill, logits.shape)))
     return [parts.scored() for parts in results]
 
@@ -93,6 +98,7 @@ def measure_epsilon(opened: OpenModel, config: ResolvedConfig, known: Sequence[K
     `known` answers. Where activations are rounded to 8 bits, a sum that moves by its last bit can move a whole step of
     that rounding, and so every layer after it: ε is then as large as the rounding's own error, some logits, and most
     divergences from an engine with other roundings are near-ties.
+    Only the ends of prompts are computed, and no images: placeholders are ordinary tokens there.
     Where there is no other order here, or it does not run, ε is 0 and its source says why.
     """
     found = other_order(config)
@@ -187,11 +193,12 @@ def _read(spill: IO[bytes], shape: tuple[int, ...]) -> Logits:
 
 
 def _walk(
-    backend: Backend, known: Sequence[Known], block_size: int, results: Sequence[_Parts]
+    backend: Backend, known: Sequence[Known], block_size: int, results: Sequence[_Parts], images: Images = ()
 ) -> Iterator[tuple[_Parts, Logits]]:
     step = 0
     for index, (prompt, output) in enumerate(known):
-        for plan in plans(prompt, output, block_size, step, release=index > 0):
+        seen = images[index] if images else ()
+        for plan in plans(prompt, output, block_size, step, release=index > 0, images=seen):
             step = plan.step + 1
             backend.submit(plan)
             (out,) = backend.result().rows
@@ -211,7 +218,12 @@ def _checked(logits: Any, length: int, index: int) -> Logits:
 
 
 def plans(
-    prompt: Sequence[int], output: Sequence[int], block_size: int, first_step: int, release: bool
+    prompt: Sequence[int],
+    output: Sequence[int],
+    block_size: int,
+    first_step: int,
+    release: bool,
+    images: tuple[ImageSpan, ...] = (),
 ) -> Iterator[StepPlan]:
     """Plans that compute prompt and output in row 0, with logits at the positions that foretell the output.
 
@@ -229,7 +241,7 @@ def plans(
         if number:
             yield StepPlan(first_step + number, (row,))
         else:
-            admit = Admit(0, token_ids, len(prompt), SamplingParams())
+            admit = Admit(0, token_ids, len(prompt), SamplingParams(), images=images)
             yield StepPlan(first_step, (row,), (admit,), (0,) if release else ())
 
 

@@ -5,8 +5,9 @@ to case, and a space is as good as `_`: so the public traces of Azure (TIMESTAMP
 BurstGPT (Timestamp, Request tokens, Response tokens) and Mooncake (timestamp, input_length, output_length) can be read
 as they are. Of a line's fields there is
 
-- one prompt: text (through the model's chat template, if it has one), messages, token ids, or, where only its length
-  was recorded, a number of tokens: such a prompt is made of random ordinary tokens;
+- one prompt: text (through the model's chat template, if it has one), messages (of a model that sees also with
+  image_url parts), token ids, or, where only its length was recorded, a number of tokens: such a prompt is made of
+  random ordinary tokens;
 - at most one answer: max_tokens, the most that it may have; or a recorded length, then every answer has exactly that;
 - at most one time: seconds, milliseconds where the name ends in _ms, a date and time in ISO 8601 (UTC unless it says
   another zone). A `timestamp` beside input_length, output_length or hash_ids is Mooncake's: milliseconds;
@@ -23,17 +24,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headrace.api.fields import Unknown, check_unicode
 from headrace.api.json import read_object
 from headrace.api.messages import read_messages
 from headrace.compare.arrivals import ARRIVE, MAX_REQUESTS, MAX_SECONDS, RECORDED
+from headrace.compare.pictures import PictureReader
 from headrace.compare.synthetic import ordinary_ids, random_prompt
 from headrace.compare.workloads import Workload, WorkloadRequest, check_room, repeat
 from headrace.core import strict_json
 from headrace.core.errors import InputFileError, InvalidParameter, RequestError, shorten
 from headrace.core.types import SamplingParams
+from headrace.engine.images import IMAGE_MARK
 
 if TYPE_CHECKING:
     from headrace.engine.model import OpenModel, Prompt
@@ -103,14 +106,14 @@ class Line:
             return self.prompt
         if self.kind != "messages":
             return ""
-        assert not isinstance(self.prompt, int)
+        assert isinstance(self.prompt, Sequence)
         return "\n".join(_message_text(one) for one in self.prompt if isinstance(one, Mapping))
 
 
 def _message_text(message: Mapping[str, object]) -> str:
     content = message.get("content", "")
     if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
+        content = "\n".join(part.get("text", IMAGE_MARK) for part in content)
     return f"{message['role']}: {content}"
 
 
@@ -399,6 +402,7 @@ class _Maker:
         self._opened = opened
         self._max_tokens = max_tokens
         self._seed = seed
+        self._pictures = PictureReader(opened)
         self.words = ordinary_ids(opened) if draws else ()
         self.templated = opened.has_text and opened.tokenizer.chat_template is not None
 
@@ -408,12 +412,23 @@ class _Maker:
         if isinstance(line.prompt, int):
             limit = self._check(line, line.prompt, longest)
             token_ids = random_prompt(self.words, line.prompt, self._seed, line.number)
-        else:
-            as_message = line.kind == "text" and self.templated
-            prompt: Prompt = [{"role": "user", "content": line.prompt}] if as_message else line.prompt
-            token_ids = self._opened.request(f"line {line.number}", prompt, SamplingParams()).token_ids
-            limit = self._check(line, len(token_ids), longest)
-        return WorkloadRequest(token_ids, limit, title=line.title, text=line.text)
+            return WorkloadRequest(token_ids, limit, title=line.title, text=line.text)
+        prompt: Prompt = line.prompt
+        sources: Mapping[str, str] = {}
+        if line.kind == "text" and self.templated:
+            prompt = [{"role": "user", "content": prompt}]
+        elif line.kind == "messages" and self._opened.images is not None:
+            prompt, sources = self._pictures.into(cast("Sequence[Mapping[str, Any]]", prompt))
+        asked = self._opened.request(f"line {line.number}", prompt, SamplingParams())
+        limit = self._check(line, len(asked.token_ids), longest)
+        return WorkloadRequest(
+            asked.token_ids,
+            limit,
+            title=line.title,
+            text=line.text,
+            images=asked.images,
+            sources=tuple(sources[image.hash] for image in asked.images),
+        )
 
     def _check(self, line: Line, count: int, longest: int) -> int:
         """Most tokens of the answer."""

@@ -11,18 +11,20 @@ from headrace.api.fields import check_unicode
 from headrace.api.json import read_object
 from headrace.compare.arrivals import MAX_REQUESTS, MAX_SEED, AtOnce, arrive, parse_arrivals
 from headrace.compare.files import ReportFile
-from headrace.compare.questions import TEXT4, text4
+from headrace.compare.pictures import with_pixels
+from headrace.compare.questions import IMAGE6, TEXT4, image6, text4
 from headrace.compare.synthetic import Fixed, parse_length, synthetic
 from headrace.compare.traffic import DEFAULT_MAX_TOKENS, printable, read_traffic, repeated_note
 from headrace.compare.workloads import Workload, check_room, from_manifest, repeat
-from headrace.core.errors import InputFileError, InvalidParameter, RequestError, UnsupportedParameter
+from headrace.core.errors import InputFileError, InvalidParameter, RequestError
 from headrace.core.types import SamplingParams
 
 if TYPE_CHECKING:
     from headrace.engine.model import OpenModel
 
 ALLOWED = (
-    "text4, synthetic, or a path to requests (.jsonl, or .csv with a header) or to a workload that was written (.json)"
+    "text4, image6 (a model that sees), synthetic, or a path to requests (.jsonl, or .csv with a header) or to a "
+    "workload that was written (.json)"
 )
 DEFAULT_REQUESTS, DEFAULT_PROMPT = 32, 64
 """Of a synthetic workload, where nobody says otherwise: how many, and how long their prompts are in tokens."""
@@ -74,12 +76,10 @@ def read_workload(spec: str, opened: OpenModel, options: WorkloadOptions) -> Wor
     Raises InvalidParameter, InputFileError (what is wrong in a file), another RequestError where the model's tokenizer
     or template refuses a prompt.
     """
-    if spec == "text4":
-        return _questions(opened, options)
+    if spec in ("text4", "image6"):
+        return _questions(spec, opened, options)
     if spec == "synthetic":
         return _synthetic(opened, options)
-    if spec == "image6":
-        raise UnsupportedParameter("workload", spec, f"{ALLOWED}; this build reads no images")
     suffix = Path(spec).suffix.lower()
     if suffix in (".jsonl", ".csv"):
         return _file(Path(spec), opened, options)
@@ -95,8 +95,8 @@ def write_manifest(workload: Workload, file: ReportFile) -> None:
 
 
 def read_manifest(path: Path, opened: OpenModel) -> Workload:
-    """A workload that was written: exactly the same work, for a model that has its tokens and enough context. Raises
-    InputFileError, which names file and field."""
+    """A workload that was written: exactly the same work, for a model that has its tokens and enough context, and sees
+    the same in its images. Raises InputFileError, which names file and field."""
     where = printable(path)
     try:
         if not path.is_file():
@@ -112,6 +112,7 @@ def read_manifest(path: Path, opened: OpenModel) -> Workload:
             check_room(prompt_field, len(one.token_ids), answer_field, one.max_tokens, longest)
             if (highest := max(one.token_ids)) >= vocab_size:
                 raise InvalidParameter(prompt_field, highest, f"0 to {vocab_size - 1}, the tokens of this model")
+        workload = with_pixels(workload, opened)
     except UnicodeDecodeError as error:
         raise InputFileError(f"{where}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
@@ -121,15 +122,16 @@ def read_manifest(path: Path, opened: OpenModel) -> Workload:
     return workload
 
 
-def _questions(opened: OpenModel, options: WorkloadOptions) -> Workload:
+def _questions(spec: str, opened: OpenModel, options: WorkloadOptions) -> Workload:
     _refuse(options, "the questions are given", "prompt_length", "output_length")
     _refuse(options, "the questions have no times", "speed")
     process = AtOnce() if options.arrivals is None else parse_arrivals(options.arrivals)
     if process is None:
         raise InvalidParameter("arrivals", options.arrivals, "another process: the questions have no times")
-    asked = text4(opened, options.max_tokens or DEFAULT_MAX_TOKENS)
-    count = options.num_requests or len(TEXT4)
-    notes = (repeated_note(len(TEXT4), count),) if count > len(TEXT4) else ()
+    make, known = (text4, len(TEXT4)) if spec == "text4" else (image6, len(IMAGE6))
+    asked = make(opened, options.max_tokens or DEFAULT_MAX_TOKENS)
+    count = options.num_requests or known
+    notes = (repeated_note(known, count),) if count > known else ()
     return arrive(replace(asked, requests=repeat(asked.requests, count), notes=notes), process, options.seed)
 
 

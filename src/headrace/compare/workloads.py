@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,9 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from headrace.core.errors import InvalidParameter
-from headrace.core.types import SamplingParams
+from headrace.core.types import ImageSpan, SamplingParams
 
 FORMAT = "headrace-workload/1"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,32 @@ class WorkloadRequest:
     title: str = ""
     text: str = ""
     """The prompt as it was written; empty where it never was text."""
+    images: tuple[ImageSpan, ...] = ()
+    """In the prompt's order; without pixels as they come out of a manifest (`pictures.with_pixels` reads those)."""
+    sources: tuple[str, ...] = ()
+    """One an image: picture:NAME for one of `compare.pictures`, else its URL."""
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What decides the work, as JSON takes it; images by their hashes."""
+        images = [(one.start, one.length, one.tiles, one.hash) for one in self.images]
+        return (self.token_ids, self.max_tokens, float(self.arrival_s), *([images] if images else ()))
+
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "token_ids": list(self.token_ids),
+            "max_tokens": self.max_tokens,
+            "arrival_s": float(self.arrival_s),
+            "title": self.title,
+            "text": self.text,
+        }
+        if self.images:
+            pairs = zip(self.images, self.sources, strict=True)
+            found["images"] = [
+                {"source": source, "hash": one.hash, "tiles": one.tiles, "start": one.start, "length": one.length}
+                for one, source in pairs
+            ]
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,8 @@ class Workload:
         return replace(self, requests=short)
 
     def manifest(self) -> dict[str, Any]:
-        """All that a run depends on, as a JSON object; `from_manifest` reads it."""
+        """All that a run depends on, as a JSON object; `from_manifest` reads it. Of an image it has the source and the
+        hash, not the pixels."""
         return {
             "format": FORMAT,
             "name": self.name,
@@ -86,30 +115,21 @@ class Workload:
             "templated": self.templated,
             "seed": self.seed,
             "notes": list(self.notes),
-            "requests": [
-                {
-                    "token_ids": list(one.token_ids),
-                    "max_tokens": one.max_tokens,
-                    "arrival_s": float(one.arrival_s),
-                    "title": one.title,
-                    "text": one.text,
-                }
-                for one in self.requests
-            ],
+            "requests": [one.manifest() for one in self.requests],
             "sha256": self.sha256,
         }
 
     @cached_property
     def sha256(self) -> str:
-        """Of what decides the work: token ids, lengths, arrivals, sampling and the stop rule."""
-        work = [(one.token_ids, one.max_tokens, float(one.arrival_s)) for one in self.requests]
+        """Of what decides the work: token ids, images, lengths, arrivals, sampling and the stop rule."""
+        work = [one.work for one in self.requests]
         decides = {"requests": work, "temperature": 0, "ignore_eos": self.ignore_eos}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def from_manifest(manifest: Mapping[str, Any]) -> Workload:
-    """The workload that `Workload.manifest` told of, checked against its hash. Raises InvalidParameter, which names the
-    field (`requests[3].max_tokens`)."""
+    """The workload that `Workload.manifest` told of, checked against its hash; its images without pixels. Raises
+    InvalidParameter, which names the field (`requests[3].max_tokens`)."""
     _take(manifest, "", "format", FORMAT.__eq__, FORMAT)
     _take(manifest, "", "temperature", _is_zero, "0: answers are greedy")
     requests = _take(manifest, "", "requests", _is_list, "a list of at least one request")
@@ -133,13 +153,32 @@ def _request(value: object, where: str) -> WorkloadRequest:
     if not isinstance(value, Mapping):
         raise InvalidParameter(where, value, "an object")
     where += "."
+    listed = value.get("images", [])
+    if not isinstance(listed, list) or ("images" in value and not listed):
+        raise InvalidParameter(f"{where}images", listed, "a list of at least one image, or to leave it out")
+    images = [_image(one, f"{where}images[{index}]") for index, one in enumerate(listed)]
     return WorkloadRequest(
         token_ids=tuple(_take(value, where, "token_ids", _is_token_ids, "a list of at least one token id")),
         max_tokens=_take(value, where, "max_tokens", lambda one: type(one) is int and one >= 1, "an integer from 1"),
         arrival_s=float(_take(value, where, "arrival_s", _is_time, "a finite number of seconds, 0 or more")),
         title=_take(value, where, "title", _is_text, "a string"),
         text=_take(value, where, "text", _is_text, "a string"),
+        images=tuple(span for span, _ in images),
+        sources=tuple(source for _, source in images),
     )
+
+
+def _image(value: object, where: str) -> tuple[ImageSpan, str]:
+    if not isinstance(value, Mapping):
+        raise InvalidParameter(where, value, "an object")
+    where += "."
+    start = _take(value, where, "start", lambda one: type(one) is int and one >= 0, "an integer from 0")
+    length, tiles = (
+        _take(value, where, name, lambda one: type(one) is int and one >= 1, "an integer from 1")
+        for name in ("length", "tiles")
+    )
+    digest = _take(value, where, "hash", is_digest, "64 hexadecimal digits")
+    return ImageSpan(start, length, digest, tiles), _take(value, where, "source", _is_text, "a string")
 
 
 def _take(source: Mapping[str, Any], where: str, name: str, is_good: Callable[[Any], object], allowed: str) -> Any:
@@ -163,6 +202,11 @@ def _is_flag(value: object) -> bool:
 
 def _is_zero(value: object) -> bool:
     return type(value) in (int, float) and value == 0
+
+
+def is_digest(value: object) -> bool:
+    """Whether it is a SHA-256 in hex."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_list(value: object) -> bool:

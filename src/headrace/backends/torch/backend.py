@@ -37,10 +37,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 SCORED_ROWS = 64
 """Prompt tokens whose logits are there at one time."""
 
-IMAGE_CACHE_BYTES = 1 << 28
-"""Of encoded images that are kept for whoever brings them again. In bfloat16 seven tiles of NVLM-D are 28 MiB, of a
-model of 1B parameters 3 MiB."""
-
 
 class Loaded:
     """What exists between load() and close()."""
@@ -50,12 +46,11 @@ class Loaded:
         spec: ModelSpec,
         tensors: Iterable[tuple[str, QTensor]],
         options: BackendOptions,
-        image_cache_bytes: int,
     ) -> None:
         dtype = DTYPES[options.dtype]
         multiple = ops.row_multiple(options.threads)
         self.options = options
-        self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple, image_cache_bytes)
+        self.decoder = Decoder(spec, tensors, dtype, options.max_model_len, multiple, options.image_cache_bytes)
         shapes = [(one.attention.kv_heads, one.attention.head_dim) for one in spec.layers]
         self.store = KVStore(shapes, options.num_blocks, options.block_size, dtype)
         self.ranges: Ranges | None = None
@@ -82,12 +77,10 @@ class TorchBackend:
     name = "torch"
     depth = 1
 
-    def __init__(self, query_tile: int | None = TILE, image_cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
+    def __init__(self, query_tile: int | None = TILE) -> None:
         self.query_tile = query_tile
         """Most queries of a span that attention meets in one call; None: all, with the whole matrix of their scores,
         which is for comparisons. May be changed between two plans."""
-        self.image_cache_bytes = image_cache_bytes
-        """Most bytes of encoded images that no row needs any more; taken at load."""
         self._loaded: Loaded | None = None
         self._closed = False
         self._result: StepResult | None = None
@@ -105,7 +98,7 @@ class TorchBackend:
             raise ConfigError(f"dtype: got {shorten(options.dtype)}, allowed: {', '.join(DTYPES)}")
         torch.set_num_threads(options.threads)
         with _memory_errors("loading: the weights and the KV cache do not fit in memory"):
-            self._loaded = Loaded(spec, tensors, options, self.image_cache_bytes)
+            self._loaded = Loaded(spec, tensors, options)
         return Capacity(options.num_blocks, options.block_size, options.max_rows, options.max_tokens)
 
     def load_adapter(self, adapter: Adapter) -> None:

@@ -8,9 +8,11 @@ The protocol
     One JSON object a line on stdin, one answer a line on stdout; what libraries print goes to stderr. Every answer has
     `ok`; where it is false, `error` is one line, and the driver goes on.
 
-    {"op": "load", "model": path, "precision": "q4_0", "threads": 2, "max_len": 256, "max_requests": 32, "settings": {}}
-        Once, first. max_len: most tokens of prompt and answer of one request; max_requests: most requests that are
-        computed at once, the others wait; settings: the engine's own, by name. The answer:
+    {"op": "load", "model": path, "precision": "q4_0", "threads": 2, "max_len": 256, "padded_len": 300,
+     "max_requests": 32, "settings": {}}
+        Once, first. max_len: most tokens of prompt and answer of one request; padded_len: of the longest prompt and the
+        longest answer, which need not be of one request; max_requests: most requests that are computed at once, the
+        others wait; settings: the engine's own, by name. The answer:
         load_s           seconds, imports included
         versions         package -> version
         weights_bytes    bytes of weights that a step of one row reads

@@ -54,7 +54,7 @@ class Static:
 
         self.torch = torch
         self.model = model
-        self.max_len, self.max_requests = int(task["max_len"]), int(task["max_requests"])
+        self.padded_len, self.max_requests = int(task["padded_len"]), int(task["max_requests"])
         self.compiled: Any = None
         if settings["compile"]:
             self.compiled = torch.compile(self._step)
@@ -113,13 +113,13 @@ class Static:
 
         if self.compiled is None:
             return DynamicCache()
-        return StaticCache(config=self.model.config, max_cache_len=self.max_len)
+        return StaticCache(config=self.model.config, max_cache_len=self.padded_len)
 
     def _seen(self, mask: Any, at: int) -> Any:
         """What the attention may look at: None where nothing is padding; of a static cache as long as that."""
         if self.compiled is None:
             return mask[:, :at] if bool((mask == 0).any()) else None
-        seen = self.torch.zeros((len(mask), self.max_len), dtype=self.torch.long)
+        seen = self.torch.zeros((len(mask), self.padded_len), dtype=self.torch.long)
         seen[:, :at] = mask[:, :at]
         return seen
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
+from headrace.core.errors import ConfigError
 
 BASE = "serial"
 """What every method is held against; always part of a comparison, always first."""
@@ -112,3 +113,9 @@ class Method(Protocol):
 def with_base(names: Sequence[str]) -> tuple[str, ...]:
     """The methods to run: the base first, each name once."""
     return tuple(dict.fromkeys((BASE, *names)))
+
+
+def refuse_images(name: str, workload: Workload, why: str) -> None:
+    """For a method that cannot pass them on. Raises ConfigError for a workload with images."""
+    if any(one.images for one in workload.requests):
+        raise ConfigError(f"{name}: workload {workload.name} has images: {why}")

@@ -90,7 +90,8 @@ def play(
                 request_id = f"{name} request {index + 1}"
                 arrival_s = began_s + asked.arrival_s
                 live[request_id] = _Live(index)
-                core.submit(Request(request_id, asked.token_ids, workload.sampling(index), arrival_s=arrival_s))
+                sampling = workload.sampling(index)
+                core.submit(Request(request_id, asked.token_ids, sampling, asked.images, arrival_s=arrival_s))
             until_s = None if not waiting else waiting[-1][1].arrival_s
             if not core.has_work:
                 if live:

@@ -123,7 +123,9 @@ class InstancesMethod:
         except ModuleNotFoundError as error:
             if error.name != "msgspec":
                 raise
-            raise BackendUnavailable(f"{self.name} needs the msgspec package: pip install 'headrace[compare]'") from error
+            raise BackendUnavailable(
+                f"{self.name} needs the msgspec package: pip install 'headrace[compare]'"
+            ) from error
         number = len(self._instances) + 1
         instance = Instance(f"{self.name}: instance {number}", settings, self._bench.opened.eos_token_ids)
         self._instances.append(instance)

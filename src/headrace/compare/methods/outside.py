@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.compare.methods import Outcome, RequestRun
+from headrace.compare.methods import Outcome, RequestRun, refuse_images
 from headrace.compare.methods.bench import Bench
-from headrace.compare.methods.rows import tokens_kept
+from headrace.compare.methods.rows import padded_tokens, tokens_kept
 from headrace.compare.peer_setup import READY, PeerCache
 from headrace.compare.peers import ENGINES, PeerProcess, PeerSpec, driver_command, driver_environment, parse_spec
 from headrace.compare.workloads import Workload
@@ -41,8 +41,9 @@ class OutsideMethod:
 
     def start(self, workload: Workload) -> float:
         """Raises EngineError where it is not set up (the message has the command that does it) or does not load, and
-        ConfigError or ModelError for a model that outside engines are not given."""
+        ConfigError or ModelError for a model or a workload that outside engines are not given."""
         self.close()
+        refuse_images(self.name, workload, "outside engines are asked in token ids, and their drivers take no pixels")
         opened = self._bench.opened
         command, environment, path = self._prepared()
         began = time.monotonic()
@@ -55,6 +56,7 @@ class OutsideMethod:
                     "precision": self._spec.precision,
                     "threads": opened.config.threads,
                     "max_len": tokens_kept(opened, workload),
+                    "padded_len": padded_tokens(opened, workload),
                     "max_requests": min(len(workload.requests), opened.config.max_num_seqs),
                     "settings": dict(self._spec.settings),
                 },

@@ -59,7 +59,8 @@ def open_answers(opened: OpenModel, workload: Workload, name: str) -> list[Answe
     stop_ids = frozenset() if workload.ignore_eos else opened.eos_token_ids
     answers = []
     for index, asked in enumerate(workload.requests):
-        request = Request(f"{name} request {index + 1}", asked.token_ids, workload.sampling(index))
+        sampling = workload.sampling(index)
+        request = Request(f"{name} request {index + 1}", asked.token_ids, sampling, asked.images)
         try:
             validate(request, opened.limits)
         except RequestError as error:
@@ -72,6 +73,12 @@ def open_answers(opened: OpenModel, workload: Workload, name: str) -> list[Answe
 def tokens_kept(opened: OpenModel, workload: Workload) -> int:
     """Most tokens of one request that lie in the KV cache."""
     return min(workload.longest, opened.limits.max_model_len)
+
+
+def padded_tokens(opened: OpenModel, workload: Workload) -> int:
+    """Of the longest prompt and the longest answer: what a batch that is padded to both has room for."""
+    answers = (min(one.max_tokens, opened.limits.max_model_len - len(one.token_ids)) for one in workload.requests)
+    return max(len(one.token_ids) for one in workload.requests) + max(answers)
 
 
 def wait_until(moment_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -158,4 +165,11 @@ class Rows:
 
 def _admit(row: Row) -> Admit:
     request = row.answer.request
-    return Admit(row.number, tuple(row.token_ids), len(request.token_ids), request.sampling, row.answer.stop_ids)
+    return Admit(
+        row.number,
+        tuple(row.token_ids),
+        len(request.token_ids),
+        request.sampling,
+        row.answer.stop_ids,
+        request.images,
+    )

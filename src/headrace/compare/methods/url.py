@@ -17,7 +17,7 @@ from typing import Any
 
 from headrace.api.json import dump, read_object
 from headrace.compare.http_stream import BrokenStream, Response, Server
-from headrace.compare.methods import Outcome, RequestRun
+from headrace.compare.methods import Outcome, RequestRun, refuse_images
 from headrace.compare.methods.bench import Bench
 from headrace.compare.workloads import Workload, WorkloadRequest
 from headrace.core.config import ResolvedConfig
@@ -81,7 +81,9 @@ class UrlMethod:
         """Whether it ended an answer by itself although it was told not to."""
 
     def start(self, workload: Workload) -> float:
-        """Finds out what the server serves and tells. Returns 0, for it is loaded already. Raises EngineError."""
+        """Finds out what the server serves and tells. Returns 0, for it is loaded already. Raises EngineError, and
+        ConfigError for images: these a server takes in chat messages only, of which it makes a prompt of its own."""
+        refuse_images(self.name, workload, "a server is asked in token ids here, and those hold none")
         asyncio.run(self._start(workload))
         self._describe(workload)
         return 0.0
