@@ -4,13 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,serve,compare,otel,test,check
+EXTRAS := torch,serve,compare,images,otel,test,check
 BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # What `make robustness` runs, one after the other and each to its end; a script says what it measured and what that must be.
-ROBUSTNESS := mutants batch_kill batch_kill:--url invariance equality statistics faults stream_equals fuzz poison grammars surface text_integrity \
-	disconnects slow_clients overload deadlines engine_kills drain
+ROBUSTNESS := mutants batch_kill batch_kill:--url invariance equality statistics faults stream_equals fuzz poison media_fuzz image_urls \
+	grammars surface text_integrity disconnects slow_clients overload deadlines engine_kills drain
 
 # $(call say,LINE)
 say = @printf '%s\n' "$(1)"

@@ -24,7 +24,7 @@ from headrace.testing.vision_checkpoints import (
     tiny_vision_model,
     token_ids,
 )
-from headrace.weights.checkpoint import open_checkpoint
+from headrace.weights.checkpoint import open_checkpoint, read_image_processor
 from headrace.weights.loader import stream
 from tests.unit import vision_cases as cases
 from tests.unit.vision_cases import Config, OnlyShapes, Shapes, changed
@@ -460,3 +460,40 @@ def test_tiny_checkpoints_take_other_sizes(folder: Path) -> None:
     assert (found.dtype, len(found.spec.layers), found.spec.embedding.tied) == ("bfloat16", 1, True)
     assert "head.weight" not in made and not found.spec.layers[0].attention.qkv_bias
     assert "chat_template" not in json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+
+
+# ---------------------------------------------------------------- image processors
+
+
+def test_the_image_processor_is_read(tmp_path: Path) -> None:
+    """As transformers saves it: a file of its own, or a part of the processor's."""
+    path = tiny_vision_checkpoint(tmp_path / "model", "internvl_300m_hf")
+
+    def tiling() -> TilingSpec:
+        checkpoint = open_checkpoint(path)
+        with checkpoint:
+            found = describe(
+                checkpoint.config, "hf", checkpoint.shapes(), processor=read_image_processor(checkpoint)
+            ).spec.vision
+        assert found is not None
+        return found.tiling
+
+    plain = tiling()
+    assert (plain.min_tiles, plain.max_tiles, plain.thumbnail) == (1, 12, True)
+    side = {"height": plain.tile_size, "width": plain.tile_size}
+    said = {"size": side, "min_patches": 2, "max_patches": 5, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    wanted = replace(plain, min_tiles=2, max_tiles=5, mean=(0.5,) * 3, std=(0.25,) * 3)
+    whole = path / "processor_config.json"
+    whole.write_text(json.dumps({"image_processor": {**said, "crop_to_patches": False, "resample": 3}}))
+    assert tiling() == wanted
+    own = path / "preprocessor_config.json"
+    own.write_text(json.dumps({"max_patches": 7}))
+    assert tiling() == replace(plain, max_tiles=7)
+    for key, value in (("min_patches", 8), ("image_std", [0, 1, 1]), ("max_patches", "many")):
+        own.write_text(json.dumps({"max_patches": 7, key: value}))
+        with pytest.raises(CheckpointError, match=rf"^preprocessor_config\.json: (max_patches|{key}) is "):
+            tiling()
+    for key, other in (("resample", 2), ("do_normalize", False), ("size", {"height": 9, "width": 9})):
+        own.write_text(json.dumps({key: other}))
+        with pytest.raises(UnsupportedModel, match=r"^preprocessor_config\.json: "):
+            tiling()

@@ -48,7 +48,7 @@ from headrace.sched.policy import parse_policy
 from headrace.sched.prefix import PrefixCache
 from headrace.sched.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer, declared_eos_ids, has_tokenizer, load_tokenizer
-from headrace.weights.checkpoint import Checkpoint, locate, open_checkpoint
+from headrace.weights.checkpoint import Checkpoint, locate, open_checkpoint, read_image_processor
 from headrace.weights.loader import stream
 from headrace.weights.qtensor import QTensor
 
@@ -98,7 +98,9 @@ class OpenModel:
         self.checkpoint = checkpoint = open_checkpoint(locate(config.model))
         self._frame, self._frame_wins = choose_frame(checkpoint.config, config.prompt_form)
         description = describe(
-            checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector, self._token_id
+            *(checkpoint.config, checkpoint.format, checkpoint.shapes(), checkpoint.vector),
+            token_id=self._token_id,
+            processor=read_image_processor(checkpoint),
         )
         self.spec = description.spec
         self._weight_map = description.weight_map

@@ -19,6 +19,8 @@ TEMPLATES = ("Hermes-2", "internlm2-chat", "internvl2_5")
 """Names of the chat frames that these models are published with."""
 VERSIONS: Mapping[str, Merge] = {"v1": "shuffle_v1", "v2": "shuffle_v2"}
 MAX_TILES = 64
+BICUBIC = 3
+"""Pillow's number for it, as image processors write it."""
 BODY, HEAD = "language_model.model.", "language_model.lm_head."
 """Of the decoder's names as published, and as transformers 4 writes them (newer versions too, into files)."""
 
@@ -80,6 +82,33 @@ def describe_transformers(
     )
     unused = intern_vit.unused_blocks(encoder, stored, f"{outer}vision_tower.encoder.layer".replace(".", r"\."))
     return spec, WeightMap(rules, (*inner.ignorable, *unused))
+
+
+def with_processor(spec: ModelSpec, processor: ConfigReader) -> ModelSpec:
+    """The same model with pictures cut as transformers' image processor of the checkpoint does. `crop_to_patches` says
+    nothing there: InternVL's processor cuts, whatever it is. Raises CheckpointError, UnsupportedModel."""
+    seeing = spec.vision
+    assert seeing is not None
+    tiling = seeing.tiling
+    if (size := processor.find_table("size")) is not None:
+        size.require("height", tiling.tile_size)
+        size.require("width", tiling.tile_size)
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        processor.require(key, True)
+    processor.require("resample", BICUBIC)
+    least = processor.get_int("min_patches", tiling.min_tiles, high=MAX_TILES)
+    most = processor.get_int("max_patches", max(tiling.max_tiles, least), low=least, high=MAX_TILES)
+    mean, std = (
+        processor.get_floats(key, 3) if processor.has(key) else default
+        for key, default in (("image_mean", tiling.mean), ("image_std", tiling.std))
+    )
+    tiling = replace(tiling, min_tiles=least, max_tiles=most, mean=_three(mean), std=_three(std))
+    return replace(spec, vision=replace(seeing, tiling=tiling))
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 # ---------------------------------------------------------------- what NVLM-D shares

@@ -91,17 +91,20 @@ def describe(
     shapes: Shapes,
     read_vector: ReadVector | None = None,
     token_id: TokenId | None = None,
+    processor: Mapping[str, object] | None = None,
 ) -> Description:
     """`format` "hf": `config` is config.json; "gguf": the file's metadata, and the tensors present say what is tied.
 
     `shapes`: by the checkpoint's own tensor names, (rows, columns). `read_vector`: `Checkpoint.vector`, for the few
     numbers that GGUF keeps in tensors and not in the metadata; without it a file that has such numbers is refused.
     `token_id`: the tokenizer's id of a token by its text; asked only by models that see and whose config does not name
-    the id of their placeholder (NVLM-D, InternVLChatModel), which are refused without it.
+    the id of their placeholder (NVLM-D, InternVLChatModel), which are refused without it. `processor`: what the
+    checkpoint says of its image processor; None: nothing.
     Raises UnsupportedModel for an architecture or a value headrace does not run, CheckpointError for a broken config.
     """
     if format == "hf":
-        return _describe_hf(ConfigReader(config, "config.json"), shapes, token_id)
+        images = None if processor is None else ConfigReader(processor, "preprocessor_config.json")
+        return _describe_hf(ConfigReader(config, "config.json"), shapes, token_id, images)
     if format != "gguf":
         raise UnsupportedModel(f"format is {shorten(format)}, allowed: hf, gguf")
     metadata = ConfigReader(config, "GGUF metadata")
@@ -111,7 +114,9 @@ def describe(
     return Description(spec, weight_map, None, adapter_map)
 
 
-def _describe_hf(config: ConfigReader, shapes: Shapes, token_id: TokenId | None) -> Description:
+def _describe_hf(
+    config: ConfigReader, shapes: Shapes, token_id: TokenId | None, processor: ConfigReader | None
+) -> Description:
     key, known, seeing = "architectures", ARCHITECTURES, VISION
     name = read_architecture(config)
     if name is None:
@@ -121,6 +126,9 @@ def _describe_hf(config: ConfigReader, shapes: Shapes, token_id: TokenId | None)
     # A quantization_config changes no name and no shape: the checkpoint presents its packed weights as plain ones.
     if name in seeing:
         spec, weight_map = seeing[name](config, shapes, token_id)
+        # What the other models' own code does with a picture, config.json says.
+        if processor is not None and seeing[name] is internvl.describe_transformers:
+            spec = internvl.with_processor(spec, processor)
         return Description(spec, weight_map, read_dtype(config), vision.adapter_map(spec))
     spec, weight_map = known[name](config)
     return Description(spec, read_transformers_names(weight_map, shapes), read_dtype(config), weight_map)

@@ -77,6 +77,18 @@ def read_json(path: Path) -> dict[str, object]:
     return parse_object(read_file(path, MAX_JSON), shorten(path.name))
 
 
+def read_image_processor(checkpoint: Checkpoint) -> dict[str, object] | None:
+    """What a folder says of its image processor, in a file of its own or as a part of the processor's; None where it
+    says nothing. Raises CheckpointError."""
+    if checkpoint.format != "hf":
+        return None
+    own, whole = (checkpoint.path / f"{name}_config.json" for name in ("preprocessor", "processor"))
+    if own.is_file():
+        return read_json(own)
+    part = read_json(whole).get("image_processor") if whole.is_file() else None
+    return part if isinstance(part, dict) else None
+
+
 class Checkpoint(ABC):
     """A model's configuration and its tensors, memory-mapped. Use with `with`, or call `close`.
 

@@ -35,6 +35,8 @@ SMALL_FILES = (
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     INDEX,
 )
 """Beside the weights; of the tokenizers, also those that are only named when they are refused."""
