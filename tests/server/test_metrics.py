@@ -133,7 +133,7 @@ def busy(names: tuple[str, ...] = ALL) -> ServerMetrics:
     metrics.received(3)
     metrics.rejected("queue_full", 2)
     metrics.rejected("server_shutting_down")
-    share = metrics.begin(100)
+    share = metrics.begin(100, images=2)
     metrics.first_token(0.02, share)
     metrics.tokens(1, None, share)
     metrics.tokens(1, 0.004, share)
@@ -231,6 +231,7 @@ def test_figures() -> None:
         "engine_faults_total": 4,
         "engine_block_leaks_total": 5,
         "requests_received_total": 3,
+        "request_images_total": 2,
         "time_to_first_token_seconds_sum": 0.02,
         "inter_token_latency_seconds_count": 5,
         "inter_token_latency_seconds_sum": 0.044,

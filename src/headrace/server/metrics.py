@@ -106,6 +106,7 @@ class ServerMetrics:
         self._now = EngineStats()
         self._past = EngineStats()
         self._received = 0
+        self._images = 0
         self._generated = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -135,8 +136,10 @@ class ServerMetrics:
         self._rejections[reason] += requests
         self._failures["overloaded"] += requests
 
-    def begin(self, prompt_tokens: int) -> Share | None:
-        """A request goes to the engine; give what this returns to the methods below. None where nothing is metered."""
+    def begin(self, prompt_tokens: int, images: int = 0) -> Share | None:
+        """A request goes to the engine; give what this returns to the methods below. None where nothing is metered.
+        `images`: how many its prompt has."""
+        self._images += images
         return None if self._energy is None else self._energy.begin(prompt_tokens)
 
     def first_token(self, seconds: float, share: Share | None = None) -> None:
@@ -307,6 +310,7 @@ class ServerMetrics:
         yield "engine_block_leaks_total", _one(stats.leaks)
         yield "engine_step_seconds", [(NO_LABELS, stats.step_seconds)]
         yield "requests_received_total", _one(self._received)
+        yield "request_images_total", _one(self._images)
         yield "request_errors_total", _by("code", self._errors)
 
     def _joules(self) -> Samples:

@@ -43,7 +43,7 @@ class Run:
         self._waiter: asyncio.Future[None] | None = None
         self._heeds_tokens = True
         self._last_s: list[float | None] = [None] * len(requests)
-        self._shares = [metrics.begin(len(request.token_ids)) for request in requests]
+        self._shares = [metrics.begin(len(request.token_ids), len(request.images)) for request in requests]
         try:
             for index, request in enumerate(requests):
                 supervisor.submit(request, partial(self._take, index))
