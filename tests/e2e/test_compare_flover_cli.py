@@ -29,7 +29,7 @@ def test_an_experiment_by_the_command(tiny: str, tmp_path: Path, capsys: pytest.
     assert found["experiment"] == 7 and list(found["methods"]) == ["fused"]
     assert found["checks"] and all(check["holds"] for check in found["checks"])
     html = (tmp_path / "out.html").read_text(encoding="utf-8")
-    assert html.startswith("<!DOCTYPE html>") and "Published values are read off bars" in html
+    assert html.startswith("<!DOCTYPE html>") and "Published: TensorRT-LLM / Flover, read off bars" in html
     tables = sorted((tmp_path / "tables").iterdir())
     assert tables and all(len(list(csv.reader(table.read_text("utf-8").splitlines()))) > 1 for table in tables)
     out = capsys.readouterr().out

@@ -18,6 +18,8 @@ from headrace.compare.flover.trace import mean_in_flight
 from headrace.compare.markup import cell, figure, grid, listed, safe
 from headrace.compare.methods import Outcome
 
+RANGE = "–"
+"""Between the ends of one, in a cell."""
 SOURCE = "Flover (temporal fusion for autoregressive models; arXiv 2305.13484, HiPC 2023; GTC 2024)"
 
 
@@ -34,7 +36,7 @@ def show(result: Result, out: Console) -> None:
     for one in result.findings.grids:
         out.print()
         out.print(Text(one.title, style="bold"))
-        out.print(table(one))
+        out.print(table(one, out.width))
         if one.note:
             out.print(Text(one.note, style="dim"))
     out.print()
@@ -46,14 +48,23 @@ def show(result: Result, out: Console) -> None:
         out.print(Text(f"{name} did not run: {reason}", style="yellow"))
 
 
-def table(one: Grid) -> Table:
-    """For a terminal: what does not fit is folded, never cut."""
+def table(one: Grid, width: int) -> Table:
+    """For a terminal of `width` columns: where a row does not fit, ranges stand below their medians; what does not fit
+    then is folded, never cut."""
+    natural = [max(map(len, column)) for column in zip(*one.rows, strict=True)]
+    narrow = sum(natural) + len(natural) - 1 > width
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for index, heading in enumerate(one.head):
         found.add_column(Text(heading), justify="right" if index else "left", overflow="fold", no_wrap=not index)
     for row in one.rows:
-        found.add_row(*map(Text, row))
+        found.add_row(*(Text(_stacked(cell) if narrow else cell) for cell in row))
     return found
+
+
+def _stacked(cell: str) -> str:
+    """`1.94 (1.93–1.95)` in two lines."""
+    value, opened, span = cell.partition(" (")
+    return f"{value}\n{span.removesuffix(')')}" if opened and RANGE in span else cell
 
 
 def section(result: Result) -> str:
