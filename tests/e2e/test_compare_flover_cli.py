@@ -50,3 +50,12 @@ def test_what_an_experiment_refuses(
 ) -> None:
     assert main(["compare", tiny, *SMALL, *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_comparison_without_a_tokenizer(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers are shown as ids; a break-even rate that cannot be looked for is not passed over."""
+    work = ("--workload", "synthetic", "--num-requests", "2", "--prompt-length", "8", "--output-length", "4")
+    asked = ("--methods", "fused", "--break-even", "1:2", "--ttft-s", "0.000001", "--repeats", "3")
+    assert main(["compare", tiny, *SMALL[:-2], *work, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "token ids " in out and "Break-even in mean latency: not looked for, since no second method is left." in out

@@ -249,11 +249,13 @@ def study(arguments: argparse.Namespace, names: Sequence[str]) -> int:
             write_manifest(workload, files.one["manifest"])
         meters = find_meters(cuda=False)
         comparison = compare(opened, workload, with_base(names), arguments.repeats, progress, wishes, outside, meters)
-        advice, crossing = advice_of(comparison, arguments.model), ""
-        if rates is not None and advice.runner_up is not None:
-            pair = (advice.method, advice.runner_up)
-            crossing = str(find_break_even(opened, workload, pair, rates, BREAK_EVEN_S, progress, outside))
-            advice = advice_of(comparison, arguments.model, f"Break-even in mean latency: {crossing}.")
+        advice = advice_of(comparison, arguments.model)
+        if rates is not None:
+            told = "not looked for, since no second method is left"
+            if advice.runner_up is not None:
+                pair = (advice.method, advice.runner_up)
+                told = str(find_break_even(opened, workload, pair, rates, BREAK_EVEN_S, progress, outside))
+            advice = advice_of(comparison, arguments.model, f"Break-even in mean latency: {told}.")
         written = write_reports(files, comparison, advice, opened, progress)
     out = console()
     show(comparison, advice, out)

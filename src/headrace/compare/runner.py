@@ -334,5 +334,8 @@ def _printable(path: Path) -> str:
 
 
 def _text(opened: OpenModel, token_ids: Sequence[int]) -> str:
+    """For a reader; of a model without a tokenizer the ids."""
+    if not opened.has_text:
+        return f"token ids {' '.join(map(str, token_ids))}"
     detokenizer = Detokenizer(opened.tokenizer, True)
     return detokenizer.push(list(token_ids)) + detokenizer.finish()
