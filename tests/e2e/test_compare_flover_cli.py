@@ -34,6 +34,7 @@ def test_an_experiment_by_the_command(tiny: str, tmp_path: Path, capsys: pytest.
     assert tables and all(len(list(csv.reader(table.read_text("utf-8").splitlines()))) > 1 for table in tables)
     out = capsys.readouterr().out
     assert "Experiment 7 of Flover" in out and str(tmp_path / "out.html") in out and "published 512 tokens, ours" in out
+    assert "No other engine ran here: only our own half of the experiment was measured." in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
