@@ -24,6 +24,7 @@ from headrace.core.errors import EngineError, UnsupportedModel
 from headrace.core.spec import ModelSpec, NormSpec, VisionSpec
 from headrace.core.types import Admit, ImageSpan, RowStep, SamplingParams, StepPlan
 from headrace.models.registry import Description, describe
+from tests.unit.vision_cases import NVLM_D
 
 # ---------------------------------------------------------------- merging
 
@@ -183,64 +184,13 @@ def test_images_without_a_model_that_sees() -> None:
 
 # ---------------------------------------------------------------- NVLM-D-72B
 
-VISION_CONFIG = {
-    "architectures": ["InternVisionModel"],
-    "model_type": "intern_vit_6b",
-    "hidden_size": 3200,
-    "intermediate_size": 12800,
-    "num_hidden_layers": 45,
-    "num_attention_heads": 25,
-    "num_channels": 3,
-    "image_size": 448,
-    "patch_size": 14,
-    "norm_type": "rms_norm",
-    "qk_normalization": True,
-    "qkv_bias": False,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
-LLM_CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-}
-CONFIG = {
-    "architectures": ["NVLM_D"],
-    "model_type": "NVLM_D",
-    "downsample_ratio": 0.5,
-    "dynamic_image_size": True,
-    "force_image_size": 448,
-    "select_layer": -1,
-    "use_thumbnail": True,
-    "min_dynamic_patch": 1,
-    "max_dynamic_patch": 6,
-    "ps_version": "v2",
-    "template": "chatml",
-    "torch_dtype": "bfloat16",
-    "llm_config": LLM_CONFIG,
-    "vision_config": VISION_CONFIG,
-}
-
 
 def nvlm_description() -> Description:
     shapes = {
         "vision_model.encoder.layers.0.attn.qkv.weight": (3 * 32 * 128, 3200),
         "language_model.lm_head.weight": (152064, 8192),
     }
-    return describe(CONFIG, "hf", shapes, token_id={"<|vision_pad|>": 151654}.get)
+    return describe(NVLM_D, "hf", shapes, token_id={"<|vision_pad|>": 151654}.get)
 
 
 def nvlm() -> ModelSpec:
