@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,serve,compare,images,otel,test,check
+EXTRAS := torch,serve,compare,plan,images,otel,test,check
 BUILD := scikit-build-core nanobind
 NATIVE := $(wildcard native/CMakeLists.txt native/src native/src/* native/src/*/*)
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+TRITON := $(shell sed -n 's/^#: \(triton==[^ ;]*\).*/\1/p' constraints.txt)
 # What `make robustness` runs, one after the other and each to its end; a script says what it measured and what that must be.
-ROBUSTNESS := mutants batch_kill batch_kill:--url invariance equality statistics faults stream_equals fuzz poison media_fuzz image_urls \
+ROBUSTNESS := mutants batch_kill batch_kill:--url invariance equality statistics sampling_shares faults stream_equals fuzz poison media_fuzz image_urls \
 	grammars surface text_integrity disconnects slow_clients overload deadlines engine_kills drain
 
 # $(call say,LINE)
@@ -27,7 +28,7 @@ endef
 
 # Two pips in one environment would be in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test check clean clients robustness sanitize bench gpu-check docs FORCE
+.PHONY: help demo test check clean clients robustness sanitize kernels bench gpu-check docs FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,7 +45,7 @@ check: $(VENV)/dev.stamp ## format, lint and types
 	@$(BIN)/python -m mypy
 
 clean: ## remove the environment, the caches and the reports
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist gpu-check .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f headrace-compare.html headrace-compare.json headrace-bench.json headrace-bench.svg src/headrace/backends/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -55,13 +56,22 @@ robustness: $(VENV)/dev.stamp ## deliberate bugs in the scheduler: each noticed?
 sanitize: $(VENV)/dev.stamp ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python -m tests.robustness.sanitize
 
+kernels: $(VENV)/dev.stamp ## the GPU path without a GPU: every kernel compiled for real cards, the backend's suite interpreted (minutes)
+	@$(BIN)/python -m tests.robustness.compile_kernels
+	@$(BIN)/python -m pytest tests/parity/gpu_conformance.py
+
 bench: $(VENV)/dev.stamp ## headrace and other engines, side by side (installs them; BENCH="--engines ... --work ...")
 	@$(BIN)/python -m benchmarks.peers --setup --json headrace-bench.json --svg headrace-bench.svg $(BENCH)
 
 clients: $(VENV)/dev.stamp ## clients of other projects, unchanged, each in an environment of its own (CLIENTS="NAME ..." for some)
 	@$(BIN)/python -m tests.clients.run $(CLIENTS)
 
-gpu-check docs:
+# Nothing is installed: where no .venv is, any Python with torch, Triton, numpy, transformers and pytest does.
+gpu-check: ## what an NVIDIA GPU must show (STAGE="kernels decode ..." for some; GPU_CHECK="--minutes 4 --out FOLDER --dry-run")
+	@PYTHONPATH=src "$(if $(wildcard $(VENV)/dev.stamp),$(BIN)/python,$(PYTHON))" -m benchmarks.gpu_check \
+	$(addprefix --stage ,$(STAGE)) $(GPU_CHECK)
+
+docs:
 	@echo "make $@: not built yet" >&2; exit 2
 
 # `made` and `unfinished` mark an environment as ours: only such a one is ever removed to be made anew.
@@ -104,4 +114,10 @@ $(VENV)/torch.stamp: $(VENV)/made constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp $(VENV)/torch.stamp
 	$(call install,Installing what tests and checks need ...,--no-build-isolation -e '.[$(EXTRAS)]')
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(MAKE) --no-print-directory $(VENV)/triton.stamp
+	@touch $@
+
+# A torch for the CPU brings no Triton, and needs none; the tests of the GPU's kernels interpret and compile them.
+$(VENV)/triton.stamp: $(VENV)/made constraints.txt
+	$(call install,Installing $(TRITON) ...,--no-compile --no-deps $(TRITON))
 	@touch $@

@@ -34,10 +34,10 @@ from benchmarks.peer_table import as_markdown, bound_share
 from benchmarks.peer_work import CONTEXTS, NAMES, make_works
 
 from headrace.cli.compare import peer_cache
-from headrace.compare.files import ReportFile
 from headrace.compare.machine import probe_machine
 from headrace.compare.peers import ISAS, parse_spec
 from headrace.core.errors import HeadraceError
+from headrace.pages.files import ReportFile
 
 SCHEMA = 1
 DEFAULT_ENGINES = (

@@ -34,12 +34,12 @@ from benchmarks.quality_score import Logits, Tally, Truth
 from benchmarks.quality_shift import shifted
 
 from headrace.backends.base import BackendOptions
-from headrace.compare.files import ReportFile
 from headrace.compare.machine import probe_machine
 from headrace.core.errors import EngineError, HeadraceError, InvalidParameter, shorten
 from headrace.core.sizing import blocks_for
 from headrace.engine.model import create_backend
 from headrace.models.registry import describe
+from headrace.pages.files import ReportFile
 from headrace.parallel.mesh import Mesh
 from headrace.testing.driver import Driver
 from headrace.text.tokenizer import load_tokenizer

@@ -39,4 +39,5 @@ NB_MODULE(_kernels, m) {
   bind_sampling(m);
   bind_program(m);
   bind_session(m);
+  bind_stream(m);
 }

@@ -16,3 +16,4 @@ void bind_attention(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
 void bind_session(nanobind::module_& m);
+void bind_stream(nanobind::module_& m);

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pexpect
 import pyte
@@ -161,14 +162,20 @@ def test_answer_streams_and_ctrl_c_stops_it(chat: Terminal) -> None:
     assert "Paris" in chat.say("Again: what is the capital of France?"), "the next turn works"
 
 
-def test_what_was_stopped_stays_in_the_conversation(chat: Terminal, tmp_path: Path) -> None:
-    path = tmp_path / "talk.json"
-    assert chat.say(f"/save {path}").startswith("Written: ")
-    messages = json.loads(path.read_text())
+@pytest.fixture
+def talk() -> Iterator[Path]:
+    """A file whose path fits into a line of the terminal, wherever pytest keeps its own."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder) / "talk.json"
+
+
+def test_what_was_stopped_stays_in_the_conversation(chat: Terminal, talk: Path) -> None:
+    assert chat.say(f"/save {talk}").startswith("Written: ")
+    messages = json.loads(talk.read_text())
     assert [m["role"] for m in messages] == ["user", "assistant"] * 4
     assert [m.get("stopped", False) for m in messages[1::2]] == [False, False, True, False]
     assert len(messages[5]["content"]) > 20
-    assert "File exists" in " ".join(chat.say(f"/save {path}").split())
+    assert "File exists" in " ".join(chat.say(f"/save {talk}").split())
 
 
 def test_keys_at_the_prompt(chat: Terminal) -> None:
@@ -205,7 +212,7 @@ def test_commands(chat: Terminal) -> None:
     assert "nothing to answer again" in chat.say("/retry")
 
 
-def test_messages_of_several_lines(chat: Terminal, tmp_path: Path) -> None:
+def test_messages_of_several_lines(chat: Terminal, talk: Path) -> None:
     chat.say("/new")
     chat.say("/set max_tokens 2")
     for keys in ('"""One\rtwo"""', "One\\\rtwo", "\x1b[200~One\ntwo\x1b[201~"):
@@ -213,9 +220,8 @@ def test_messages_of_several_lines(chat: Terminal, tmp_path: Path) -> None:
         chat.process.send("\x0c" + keys + "\r")
         chat.until(lambda: "[cut at 2 tokens" in chat.text)
         chat.until(lambda: chat.at_prompt)
-    path = tmp_path / "talk.json"
-    chat.say(f"/save {path}")
-    assert [m["content"] for m in json.loads(path.read_text())[::2]] == ["One\ntwo"] * 3
+    chat.say(f"/save {talk}")
+    assert [m["content"] for m in json.loads(talk.read_text())[::2]] == ["One\ntwo"] * 3
 
 
 def test_control_characters_of_the_model_do_not_reach_the_terminal(chat: Terminal, demo_path: Path) -> None:

@@ -329,7 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(measure(target, score, given.short))
     with mortal_server(given.model, given.flag) as target:
         asyncio.run(no_files_left(target, score))
-    with mortal_server(given.model, given.flag) as target:
         asyncio.run(dead_supervisor(target, score))
     return finish(score, given.json)
 

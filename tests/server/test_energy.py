@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.engine.energy import WATTS_PER_CORE, LoadMeter, NvmlMeter, RaplMeter, find_meters, physical_cores
+from headrace.engine.nvml import Card
 from headrace.server.energy import Energy
 from headrace.server.metrics import ServerMetrics
 
@@ -288,3 +289,16 @@ def test_shares_add_up_to_what_was_measured(seconds: list[tuple[float, list[tupl
         energy.end(share)
     energy.sample()
     assert energy.cost == pytest.approx(measured / 3.6e6 * 0.5, abs=1e-9)
+
+
+def test_of_several_gpus_the_one_that_torch_uses_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's library says which; its name there is the UUID."""
+
+    class Named(FakeNvml):
+        def nvmlDeviceGetHandleByUUID(self, uuid: str) -> list[int | None]:  # noqa: N802
+            return self.devices[int(uuid.removeprefix("GPU-"))]
+
+    card = Card("NVIDIA H200", None, None, (9, 0), None, None, "GPU-1")
+    monkeypatch.setattr("headrace.engine.energy.find_cards", lambda visible: ((card,), None))
+    meter = nvml_meter(monkeypatch, Named([0, 9000], [100, 4100]))
+    assert meter is not None and meter.joules(1.0) == 4.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from headrace.backends.sampling import Position, RowSampling, Sampled, sample
-from headrace.core.types import RowError, TokenLogprobs
+from headrace.core.types import RowError, SamplingParams, TokenLogprobs
 from tests.unit import sampling_oracle as oracle
 from tests.unit.sampling_oracle import Case
 
@@ -91,3 +93,55 @@ def logits_of(kind: str, size: int, rng: np.random.Generator) -> tuple[float, ..
     elif kind == "subnormal":
         values *= 1e-40
     return tuple(values.astype(np.float32).tolist())
+
+
+# ---------------------------------------------------------------- shares of many draws
+
+SHARE_LOGITS = (0.3, 1.7, -0.5, 2.0, 0.0, 1.1, -1.2, 0.9, 1.6999, -3.0)
+
+SHARED: Mapping[str, tuple[dict[str, object], tuple[dict[str, object], ...]]] = {
+    # What is drawn with, and wrong meanings that must be told from it: another temperature, a cut one id off.
+    "temperature": ({"temperature": 0.8}, ({"temperature": 0.85}, {"temperature": 0.75}, {"top_k": 9})),
+    "top-k and top-p": ({"top_k": 6, "top_p": 0.87}, ({"top_k": 5}, {"top_p": 0.84}, {"top_p": 0.95})),
+    "min_p": ({"min_p": 0.2}, ({"min_p": 0.15}, {"min_p": 0.35}, {"temperature": 1.06})),
+    "typical": ({"typical_p": 0.6}, ({"typical_p": 0.75}, {"typical_p": 0.4}, {"top_p": 0.6, "typical_p": 1.0})),
+    "penalties and bias": (
+        {
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.4,
+            "frequency_penalty": -0.2,
+            "logit_bias": {6: 1.5, 3: -0.25},
+            "temperature": 1.2,
+        },
+        ({"frequency_penalty": 0.0}, {"repetition_penalty": 1.0}, {"presence_penalty": 0.0}, {"logit_bias": ()}),
+    ),
+}
+
+DOUBT = 1e-4
+"""Draws as far from shares as one sample in so many of those shares are not theirs."""
+
+
+def shares_cases(name: str) -> tuple[Case, tuple[Case, ...]]:
+    """What is drawn with, and its wrong meanings."""
+    fields, wrongs = SHARED[name]
+    params = {"temperature": 1.0, "seed": 11, **fields}
+    logits = tuple(oracle.f32(value) for value in SHARE_LOGITS)
+
+    def case_of(more: dict[str, object]) -> Case:
+        sampling = SamplingParams(**{**params, **more})  # type: ignore[arg-type]
+        return Case(logits, sampling, prompt=(1, 1, 7), answer=(5, 3, 5, 1))
+
+    return case_of({}), tuple(case_of(wrong) for wrong in wrongs)
+
+
+def drawn_counts(name: str, draws: int) -> Counter[int]:
+    """How often each id comes in so many draws, no two of the same numbers."""
+    case, _ = shares_cases(name)
+    if name == "penalties and bias":  # an answer that grows has other penalties at each place: here the seed counts up
+        rows = [row_of(replace(case, sampling=replace(case.sampling, seed=seed))) for seed in range(draws)]
+        positions = [position_of(case, row) for row in rows]
+    else:
+        row, tokens = row_of(case), np.zeros(draws + len(case.prompt), np.int64)
+        positions = [Position(row, tokens[: len(case.prompt) + place]) for place in range(draws)]
+    outs = sample(np.broadcast_to(np.array(case.logits, np.float32), (draws, len(case.logits))), positions)
+    return Counter(out.token for out in outs if isinstance(out, Sampled))

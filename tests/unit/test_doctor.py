@@ -17,7 +17,7 @@ import pytest
 from headrace.backends import native
 from headrace.backends.native._kernels import Packer
 from headrace.backends.native.weights import pack_all
-from headrace.cli import doctor, probes
+from headrace.cli import doctor, doctor_report, probes
 from headrace.cli.console import Style
 from headrace.cli.main import main
 from headrace.core.config import EngineConfig
@@ -34,6 +34,7 @@ flags\t\t: fpu avx2 avx512f avx512bw avx512vl avx512_vnni
 processor\t: 1
 model name\t: Another
 """
+ON_CUDA = {"name": "native", "available": True, "found": {"device": "cuda"}}
 MEMINFO = "MemTotal:  2000 kB\nMemAvailable:  1500 kB\nSwapTotal:  10 kB\nSwapFree:  4 kB\nHugePages_Total:  0\n"
 
 
@@ -100,31 +101,6 @@ def program(path: Path, lines: str) -> str:
     return str(path)
 
 
-def test_gpus(tmp_path: Path) -> None:
-    asked = 'case "$1" in --query-gpu=name,memory.total,memory.free,driver_version,compute_cap) ;; *) exit 9;; esac\n'
-    good = asked + 'echo "NVIDIA H200, 143771, 143000, 580.1, 9.0"; echo "Odd, comma, [N/A], [N/A], 580.1, 9.0"'
-    cards, note = probes.gpus(program(tmp_path / "good", good))
-    assert note is None and [card["name"] for card in cards] == ["NVIDIA H200", "Odd, comma"]
-    assert cards[0]["memory_total_bytes"] == 143771 * 2**20 and cards[1]["memory_total_bytes"] is None
-    assert cards[0]["compute_capability"] == "9.0"
-    for name, lines, words in (
-        ("fails", "echo no driver >&2; exit 9", "ended with 9: no driver"),
-        ("silent", "exit 0", "none found"),
-        ("binary", "printf '\\377\\376'", "none found"),
-    ):
-        cards, note = probes.gpus(program(tmp_path / name, lines))
-        assert cards == [] and words in (note or "")
-    (tmp_path / "broken").write_bytes(b"\x7fELF")
-    (tmp_path / "broken").chmod(0o755)
-    assert "cannot be started" in (probes.gpus(str(tmp_path / "broken"))[1] or "")
-    assert "no NVIDIA driver" in (probes.gpus(str(tmp_path / "nowhere"))[1] or "")
-
-
-def test_gpu_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "GPU_TIMEOUT_S", 0.2)
-    assert "no answer" in (probes.gpus(program(tmp_path / "slow", "exec sleep 20"))[1] or "")
-
-
 @pytest.mark.parametrize(
     ("environ", "path"),
     [
@@ -174,12 +150,12 @@ def test_report_has_the_documented_keys(found: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("width", [80, 110])
 def test_report_for_people(found: dict[str, object], width: int) -> None:
-    plain = doctor.render(found, Style(colour=False), width)
+    plain = doctor_report.render(found, Style(colour=False), width)
     assert "\x1b" not in plain and "hf_secret" not in plain
     lines = [line for line in plain.splitlines() if not line.startswith("Model ")]
     assert max(map(len, lines)) <= width
     assert "HF_TOKEN=set" in plain and "Worth a look" in plain
-    coloured = doctor.render(found, Style(colour=True), width)
+    coloured = doctor_report.render(found, Style(colour=True), width)
     assert "\x1b[32myes\x1b[0m: device cpu" in coloured
     bare = coloured.replace("\x1b[0m", "")
     for code in ("1", "31", "32", "35"):
@@ -197,7 +173,9 @@ def test_report_for_people(found: dict[str, object], width: int) -> None:
         ({"cpu": {"governor": "powersave"}}, "powersave"),
         ({"cpu": {"instructions": {"avx2": False}}}, "no AVX2"),
         ({"memory": {"available_bytes": 5000}}, "Only 5 KiB of memory"),
-        ({"gpus": [{"name": "H200"}]}, "There is a GPU"),
+        ({"gpus": [{"name": "H200"}], "gpu_note": "torch is not installed"}, "on the CPU: torch is not installed."),
+        ({"gpus": [{"name": "A"}, {"name": "B"}], "backends": [ON_CUDA]}, "CUDA_DEVICE_ORDER=PCI_BUS_ID"),
+        ({"card": {"error": "no kernel image"}}, "could not be measured: no kernel image"),
         ({"hub_cache": {"disk_free_bytes": 3 * 2**30}}, "3.0 GiB are free"),
         ({"model": {"fits": False, "needed_bytes": 2**34, "free_bytes": 2**30}}, "does not fit"),
     ],
@@ -205,7 +183,7 @@ def test_report_for_people(found: dict[str, object], width: int) -> None:
 def test_warnings(found: dict[str, object], change: dict[str, object], words: str) -> None:
     calm = {"governor": None, "quota_cores": None, "load_1min": 0.1, "instructions": {}, "cores_usable": 2}
     quiet = {**found, "cpu": calm, "memory": {"available_bytes": 2**34}, "hub_cache": {"disk_free_bytes": 2**40}}
-    quiet |= {"environment": dict.fromkeys(doctor.SHOWN), "gpus": []}
+    quiet |= {"environment": dict.fromkeys(doctor.SHOWN), "gpus": [], "card": {"error": None}}
     assert doctor.warnings_of(quiet) == []
     for key, value in change.items():
         quiet[key] = {**quiet[key], **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
@@ -237,10 +215,10 @@ def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     one = doctor.examine_backend("native")
     assert not one["available"] and "were not built: install a C++20 compiler" in one["why"]
     found = {"backends": [one], "compiler": None, "auto": None}
-    rows = {row.label: row.text for row in doctor.backend_rows(found)}
+    rows = {row.label: row.text for row in doctor_report.backend_rows(found)}
     assert rows["native"].startswith("no: ") and rows["compiler"] == "no C++ compiler is on the PATH"
     assert rows["auto"] == "none of them"
-    assert doctor.backend_rows(found | {"compiler": "/usr/bin/c++"})[1].text == "/usr/bin/c++"
+    assert doctor_report.backend_rows(found | {"compiler": "/usr/bin/c++"})[1].text == "/usr/bin/c++"
 
 
 def test_kernels_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +236,9 @@ def test_the_native_backend_tells_its_kernels() -> None:
     assert found["available"], found["why"]
     usable, built = found["found"]["available"], found["found"]["built"]
     assert usable and set(usable) <= set(built) and found["found"]["instructions"] == usable[-1]
-    assert doctor.backend_row(found).text.startswith(f"yes: {usable[-1]} kernels")
+    assert doctor_report.backend_row(found).text.startswith(f"yes: {usable[-1]} kernels")
     older = {**found, "found": {"instructions": "portable", "available": ["portable"], "built": ["portable", "avx2"]}}
-    assert doctor.backend_row(older).text.endswith("(it lacks what avx2 needs)")
+    assert doctor_report.backend_row(older).text.endswith("(it lacks what avx2 needs)")
 
 
 def test_compiler(tmp_path: Path) -> None:
@@ -290,7 +268,14 @@ def test_bytes_of_loaded_weights(tmp_path: Path) -> None:
 
 def test_sizes() -> None:
     sizes = (None, 0, 1023, 1024, 5 * 2**20, 3 * 2**29)
-    assert [doctor.size(each) for each in sizes] == ["unknown", "0 bytes", "1023 bytes", "1 KiB", "5 MiB", "1.5 GiB"]
+    assert [doctor_report.size(each) for each in sizes] == [
+        "unknown",
+        "0 bytes",
+        "1023 bytes",
+        "1 KiB",
+        "5 MiB",
+        "1.5 GiB",
+    ]
 
 
 def test_the_engine_counts_with_what_the_control_groups_allow(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.backends.base import BackendOptions
 from headrace.backends.ranges import ATTENTION, HEAD, LAYER, MLP, SAMPLE, Profiled, Range
 from headrace.cli.main import main
-from headrace.compare.table import console
 from headrace.core.config import EngineConfig
 from headrace.core.errors import ContextLengthExceeded, EngineError, InvalidParameter
-from headrace.core.types import Request, SamplingParams
+from headrace.core.types import Capacity, Request, SamplingParams
 from headrace.engine.model import OpenModel
+from headrace.pages.terminal import console
 from headrace.profile import nsight
 from headrace.profile.ranges import DECODE, PREFILL, Row, layer_rows, nest, summarise, walk
-from headrace.profile.run import Profile, Watch, Work, profile
+from headrace.profile.run import Profile, Work, profile
 from headrace.profile.table import show
 from headrace.profile.trace import trace, trace_json
 from headrace.testing.checkpoints import tiny_checkpoint
@@ -247,6 +249,28 @@ def test_nvtx_ranges_while_profiling_only(tiny: Path, monkeypatch: pytest.Monkey
     assert opened[SAMPLE] == 2 and opened[LAYER] == opened[ATTENTION] == opened[MLP] == 2 * 2
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_backend_that_keeps_no_ranges(depth: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the engine's ranges are there, each step counts as the one that it answers."""
+
+    def load(opened: OpenModel, name: str, options: BackendOptions) -> tuple[FakeBackend, Capacity]:
+        backend = FakeBackend(opened.spec.vocab_size, depth=depth)
+        return backend, backend.open(Capacity(options.num_blocks, options.block_size, 4, options.max_tokens))
+
+    monkeypatch.setattr(OpenModel, "load_backend", load)
+    found = run(tiny, "native")
+    assert [(step.phase, step.rows, step.tokens) for step in found.steps] == [(PREFILL, 3, 27), *[(DECODE, 3, 3)] * 3]
+    assert len(found.plain_steps) == 4
+    names = Counter(node.range.name for node in walk(found.roots))
+    assert names[PREFILL] + names[DECODE] == 3 + depth and (names["wait"] == 4) == (depth > 1)
+    assert names["schedule"] >= 4 and names["commit"] == 4
+    stream = StringIO()
+    show(replace(found, config=replace(found.config, device="cuda")), 5, console(stream))
+    text = stream.getvalue()
+    assert "Two plans are in flight" in text and "slowest parts of single layers" not in text and "weights" not in text
+    check_trace(trace(found)["traceEvents"])
+
+
 def test_bad_work(tiny: Path) -> None:
     for name, value in (("prompt_tokens", 0), ("max_tokens", 1025), ("requests", -1)):
         with pytest.raises(InvalidParameter, match=f"{name}: got {value}, allowed: an integer from 1 to"):
@@ -257,8 +281,6 @@ def test_bad_work(tiny: Path) -> None:
         run(tiny, "native", Work(62, 3, 1))
     with pytest.raises(InvalidParameter, match="requests: got 256, allowed: up to 204: 4 run together, for 2048 steps"):
         run(tiny, "native", Work(20, 40, 256))
-    with pytest.raises(EngineError, match="fake cannot be profiled"):
-        Watch(FakeBackend())
 
 
 # ---------------------------------------------------------------- trace

@@ -3,65 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from headrace.backends.sampling import Position, RowSampling, Sampled, sample, score
+from headrace.backends.sampling import RowSampling, Sampled, score
 from headrace.core.errors import EngineError, NonFiniteLogits
 from headrace.core.types import RowError, SamplingParams
 from tests.unit import sampling_oracle as oracle
-from tests.unit.sampling_cases import INF, KINDS, check, draw, logits_of, position_of, row_of, same_logprobs
+from tests.unit.sampling_cases import (
+    DOUBT,
+    INF,
+    KINDS,
+    SHARED,
+    check,
+    draw,
+    drawn_counts,
+    logits_of,
+    same_logprobs,
+    shares_cases,
+)
 from tests.unit.sampling_oracle import Case
 
 # ---------------------------------------------------------------- distributions
 
-LOGITS = (0.3, 1.7, -0.5, 2.0, 0.0, 1.1, -1.2, 0.9, 1.6999, -3.0)
-
-SETTINGS: dict[str, tuple[dict[str, object], tuple[dict[str, object], ...]]] = {
-    # What is drawn with, and wrong meanings that must be told from it: another temperature, a cut one id off.
-    "temperature": ({"temperature": 0.8}, ({"temperature": 0.85}, {"temperature": 0.75}, {"top_k": 9})),
-    "top-k and top-p": ({"top_k": 6, "top_p": 0.87}, ({"top_k": 5}, {"top_p": 0.84}, {"top_p": 0.95})),
-    "min_p": ({"min_p": 0.2}, ({"min_p": 0.15}, {"min_p": 0.35}, {"temperature": 1.06})),
-    "typical": ({"typical_p": 0.6}, ({"typical_p": 0.75}, {"typical_p": 0.4}, {"top_p": 0.6, "typical_p": 1.0})),
-    "penalties and bias": (
-        {
-            "repetition_penalty": 1.3,
-            "presence_penalty": 0.4,
-            "frequency_penalty": -0.2,
-            "logit_bias": {6: 1.5, 3: -0.25},
-            "temperature": 1.2,
-        },
-        ({"frequency_penalty": 0.0}, {"repetition_penalty": 1.0}, {"presence_penalty": 0.0}, {"logit_bias": ()}),
-    ),
-}
-
-EACH = 100_000
-"""Draws of each setting."""
+DRAWS = dict.fromkeys(SHARED, 10_000) | {"temperature": 40_000}
+"""As many as it takes for each wrong meaning to be told from the right one: `test_power`. Those of the temperature are
+the nearest ones. `python -m tests.robustness.sampling_shares` draws more."""
 
 
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("name", list(SHARED))
 def test_chi_square(name: str) -> None:
     """Pearson's test of the draws against the exact shares, and of the same draws against wrong ones."""
-    fields, wrongs = SETTINGS[name]
-    params = {"temperature": 1.0, "seed": 11, **fields}
-    sampling = SamplingParams(**params)  # type: ignore[arg-type]
-    case = Case(tuple(oracle.f32(value) for value in LOGITS), sampling, prompt=(1, 1, 7), answer=(5, 3, 5, 1))
-    if name == "penalties and bias":  # an answer that grows has other penalties at each place: here the seed counts up
-        rows = [row_of(replace(case, sampling=replace(sampling, seed=seed))) for seed in range(EACH)]
-        positions = [position_of(case, row) for row in rows]
-    else:
-        row, tokens = row_of(case), np.zeros(EACH + len(case.prompt), np.int64)
-        positions = [Position(row, tokens[: len(case.prompt) + place]) for place in range(EACH)]
-    outs = sample(np.broadcast_to(np.array(case.logits, np.float32), (EACH, len(LOGITS))), positions)
-    counts = Counter(out.token for out in outs if isinstance(out, Sampled))
-    assert counts.total() == EACH
-    assert oracle.fit(counts, oracle.distribution(case)) > 1e-4
+    case, wrongs = shares_cases(name)
+    counts = drawn_counts(name, DRAWS[name])
+    assert counts.total() == DRAWS[name]
+    assert oracle.fit(counts, oracle.distribution(case)) > DOUBT
     for wrong in wrongs:
-        other = replace(case, sampling=SamplingParams(**{**params, **wrong}))  # type: ignore[arg-type]
-        assert oracle.fit(counts, oracle.distribution(other)) < 1e-4, wrong
+        assert oracle.fit(counts, oracle.distribution(wrong)) < DOUBT, wrong.sampling
+
+
+@pytest.mark.parametrize("name", list(SHARED))
+def test_power(name: str) -> None:
+    """Samples of so many draws, by numpy and other numbers each: the wrong meanings are noticed in all but a few."""
+    case, wrongs = shares_cases(name)
+    shares = oracle.distribution(case)
+    rng = np.random.default_rng(1)
+    samples = [
+        dict(zip(shares, found.tolist(), strict=True))
+        for found in rng.multinomial(DRAWS[name], list(shares.values()), 500)
+    ]
+    for wrong in wrongs:
+        others = oracle.distribution(wrong)
+        missed = sum(oracle.fit({i: n for i, n in one.items() if n}, others) >= DOUBT for one in samples)
+        assert missed <= 2, (wrong.sampling, missed)
+    assert sum(oracle.fit(one, shares) <= 0.01 for one in samples) <= 15, "what is right passes"
 
 
 # ---------------------------------------------------------------- log-probabilities of a prompt, and errors

@@ -3,6 +3,7 @@ the largest model can be built."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from headrace.backends.rows import RequestTable
 from headrace.backends.support import refuse_unsupported
-from headrace.backends.torch.build import build
+from headrace.backends.torch.build import PLAIN, build
 from headrace.backends.torch.parameters import Slots
 from headrace.backends.torch.vision.cache import EncoderCache
 from headrace.backends.torch.vision.encoder import patches
@@ -201,16 +202,15 @@ def test_the_full_model_builds_on_the_meta_device() -> None:
     """All names and shapes are those that the weight map makes, and no memory is taken."""
     description = nvlm_description()
     refuse_unsupported(description.spec, "torch")
-    slots = Slots(torch.bfloat16)
-    with torch.device("meta"):
-        parts = build(description.spec, slots, 4, 0)
-    assert {name: tuple(view.shape) for name, view in slots.views.items()} == {
+    slots = Slots(torch.bfloat16, torch.device("meta"))
+    parts = build(description.spec, slots, PLAIN, 4, 0)
+    assert {name: hole.shape for name, hole in slots.holes.items()} == {
         rule.target: rule.shape for rule in description.weight_map.rules
     }
-    assert all(view.is_meta for view in slots.views.values())
+    assert all(linear.weight.is_meta for linear in slots.linears) and parts.embedding.is_meta
     # 79.380 B with the seven heads of zeros (the published number), which are not loaded.
     dummies = 45 * (4 * 7 * 128 * 3200 + 2 * 7 * 128)
-    assert sum(view.numel() for view in slots.views.values()) + dummies == 79_379_593_344
+    assert sum(math.prod(hole.shape) for hole in slots.holes.values()) + dummies == 79_379_593_344
     assert parts.vision is not None and not any(name.startswith("vision") for name in parts.places)
 
 

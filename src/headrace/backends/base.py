@@ -29,11 +29,15 @@ class BackendOptions:
     """Most tokens computed in one step."""
     max_model_len: int
     quant: str = "none"
-    """How weights are kept: none (plain numbers), stored (as the checkpoint packs them), int8, int4."""
+    """How weights are kept: none (plain numbers), stored (as the checkpoint packs them), int8, int4, fp8."""
     kv_dtype: str = "float32"
-    """float32, bfloat16, float16 or int8."""
+    """float32, bfloat16, float16, int8 or fp8."""
     image_cache_bytes: int = 0
     """Of encoded images that no row needs any more, kept for whoever brings them again."""
+    batch_invariant: bool = False
+    """On CUDA: every answer's bits independent of the batch. On a CPU they always are."""
+    device: str = "cpu"
+    """cpu or cuda."""
 
 
 class Backend(Protocol):

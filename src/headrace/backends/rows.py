@@ -20,6 +20,9 @@ from headrace.core.types import Admit, ImageSpan, RowStep, StepPlan
 
 IntArray = NDArray[np.int64]
 
+PENDING = -1
+"""In place of a token id that a step in flight is sampling."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagePart:
@@ -203,6 +206,17 @@ class RequestTable:
         kept = tokens[: self._tokens.shape[1] - row.num_tokens]
         self._tokens[index, row.num_tokens : row.num_tokens + len(kept)] = kept
         row.num_tokens += len(kept)
+
+    def expect(self, index: int) -> int:
+        """One more token, which a step in flight samples: its id is PENDING until `settle`. -> its position."""
+        position = self.row(index).num_tokens
+        self.append(index, (PENDING,))
+        return position
+
+    def settle(self, index: int, position: int, token: int) -> None:
+        """Says what a token that was expected is."""
+        if position < self._tokens.shape[1]:
+            self._tokens[index, position] = token
 
     def _release(self, index: int) -> None:
         self.row(index)

@@ -176,6 +176,17 @@ def quiet_keys(stream: TextIO) -> Iterator[None]:
             termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
+def state_folder(environ: Mapping[str, str]) -> Path | None:
+    """`$XDG_STATE_HOME/headrace`, or below ~/.local/state: what commands keep. None: the user has no home."""
+    state = environ.get("XDG_STATE_HOME", "")
+    if not state.startswith("/"):  # the specification: a relative one is to be ignored
+        try:
+            state = str(Path.home() / ".local" / "state")
+        except RuntimeError:
+            return None
+    return Path(state) / "headrace"
+
+
 class History:
     """Lines typed in earlier sessions: a file of one JSON string a line, for its owner's eyes only, bounded.
 
@@ -187,14 +198,9 @@ class History:
 
     @classmethod
     def of_user(cls, environ: Mapping[str, str]) -> History:
-        """`$XDG_STATE_HOME/headrace/history`, or below ~/.local/state."""
-        state = environ.get("XDG_STATE_HOME", "")
-        if not state.startswith("/"):  # the specification: a relative one is to be ignored
-            try:
-                state = str(Path.home() / ".local" / "state")
-            except RuntimeError:
-                return cls(None)
-        return cls(Path(state) / "headrace" / "history")
+        """The file `history` of the user's state folder."""
+        folder = state_folder(environ)
+        return cls(None if folder is None else folder / "history")
 
     def read(self) -> list[str]:
         """The last lines, oldest first. A file that has grown over its bound is cut."""

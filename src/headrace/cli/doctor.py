@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from headrace import __version__
 from headrace.cli.console import Style, columns, load_line_shown, printable, wants_colour
-from headrace.core.config import EngineConfig, ResolvedConfig
+from headrace.cli.doctor_report import render, size
+from headrace.core.config import EngineConfig, Hardware, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, HeadraceError, shorten
 
 if TYPE_CHECKING:
@@ -27,18 +29,22 @@ KEYS: Mapping[str, str] = {
     "usable": "whether a backend can run",
     "cpu": "model, cores_present, cores_usable, quota_cores, instructions, numa_nodes, governor, load_1min",
     "memory": "total_bytes, available_bytes, limit_bytes (of the control group), swap_total_bytes, swap_free_bytes",
-    "gpus": "list of name, memory_total_bytes, memory_free_bytes, driver, compute_capability",
-    "gpu_note": "why there are none, or null",
+    "gpus": "list of name, memory_total_bytes, memory_free_bytes, driver, compute_capability, multiprocessors",
+    "gpu_note": "why there are none, or why torch does not use them, or null",
+    "card": "null where torch uses no GPU; else error (why it was not measured, or null), name, capability, "
+    "memory_bytes, multiprocessors, copy_GBps (bytes read and written), read_GBps, matmul_TFLOPs (type -> rate), "
+    "kernels (list of op, chosen, reason)",
     "packages": "name -> version, or null",
     "compiler": "path of the C++ compiler that would build the native kernels, or null",
     "backends": "list of name, available, why (it is not), found (by its own probe)",
-    "auto": "null where nothing runs, else backend (the one that --backend auto takes), reason",
+    "auto": "null where nothing runs, else backend (the one that --backend auto takes), device, reason",
     "environment": "variables that matter -> value, null where unset; secrets only as set",
     "demo_model": "installed, path, bytes, hint",
     "hub_cache": "path, present, models, bytes, counted_whole, disk_free_bytes",
     "model": "null without MODEL; else error (code, message), or name, architecture, format, layers, hidden_size, "
     "heads, kv_heads, vocab_size, context, parameters, weight_bytes, kv_bytes_per_token, tokenizer, chat_template, "
-    "notes, settings (name -> value, reason), loaded_weight_bytes, kv_cache_bytes, needed_bytes, free_bytes, fits",
+    "notes, settings (name -> value, reason), loaded_weight_bytes, kv_cache_bytes, "
+    "card_bytes (null on a CPU; else weights, step, images, graphs), needed_bytes, free_bytes, fits",
     "warnings": "list of sentences",
 }
 """The keys of --json."""
@@ -46,6 +52,7 @@ SHOWN = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
@@ -53,7 +60,6 @@ SHOWN = (
 )
 SECRET = ("HF_TOKEN", "HF_ENDPOINT")
 """Told as set or unset: an address may hold a password."""
-LABEL = 13
 LOW_MEMORY, LOW_DISK = 2**30, 5 * 2**30
 
 
@@ -92,13 +98,21 @@ def examine(model: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
     import platform
 
     from headrace.cli import probes
-    from headrace.engine.hardware import NEEDS
+    from headrace.engine.hardware import NEEDS, probe_hardware
 
-    gpus, gpu_note = probes.gpus()
+    hardware = probe_hardware()
+    gpus, gpu_note = probes.gpus(environ.get("CUDA_VISIBLE_DEVICES"))
+    device = "cpu" if hardware.gpu is None else "cuda"
+    # Before torch takes some of the GPU's memory.
+    described = None if model is None else examine_model(model)
     backends = []
     for name in NEEDS:
         with checking(name, environ):
-            backends.append(examine_backend(name))
+            backends.append(examine_backend(name, device))
+    card = None
+    if hardware.gpu is not None:
+        with checking("the GPU", environ):
+            card = examine_card()
     found: dict[str, Any] = {
         "headrace": __version__,
         "python": platform.python_version(),
@@ -107,16 +121,17 @@ def examine(model: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
         "cpu": probes.cpu(),
         "memory": probes.memory(),
         "gpus": gpus,
-        "gpu_note": gpu_note,
+        "gpu_note": gpu_note or (hardware.no_gpu if hardware.gpu is None else None),
+        "card": card,
         "packages": probes.packages(),
         "compiler": probes.compiler(environ),
         "backends": backends,
-        "auto": chosen_backend(),
+        "auto": chosen_backend(hardware),
         "environment": {name: environ.get(name) for name in SHOWN}
         | {name: "set" if environ.get(name) else None for name in SECRET},
         "demo_model": examine_demo(),
         "hub_cache": probes.hub_cache(environ),
-        "model": None if model is None else examine_model(model),
+        "model": described,
     }
     return found | {"warnings": warnings_of(found)}
 
@@ -134,23 +149,33 @@ def checking(what: str, environ: Mapping[str, str]) -> Iterator[None]:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def chosen_backend() -> dict[str, Any] | None:
-    from headrace.core.resolve import choose_backend
-    from headrace.engine.hardware import probe_hardware
+def chosen_backend(hardware: Hardware) -> dict[str, Any] | None:
+    from headrace.core.resolve import choose_backend, choose_device
 
     try:
-        backend, reason = choose_backend(EngineConfig(""), probe_hardware())
+        backend, reason = choose_backend(EngineConfig(""), hardware)
+        device, _ = choose_device(EngineConfig("", backend=backend), hardware)
     except BackendUnavailable:
         return None
-    return {"backend": backend, "reason": reason}
+    return {"backend": backend, "device": device, "reason": reason}
 
 
-def examine_backend(name: str) -> dict[str, Any]:
+def examine_card() -> dict[str, Any]:
+    """What the GPU does in fact; it takes some seconds."""
+    try:
+        from headrace.backends.torch.gpu.device import card_report
+
+        return {"error": None} | card_report()
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # of torch, of a driver that does not fit it
+        return {"error": shorten(" ".join(str(error).split()), 200)[1:-1]}
+
+
+def examine_backend(name: str, device: str = "cpu") -> dict[str, Any]:
     """Loads the backend's libraries, but no model."""
     from headrace.engine.model import create_backend
 
     try:
-        backend = create_backend(name)
+        backend = create_backend(name, "auto", device)
         try:
             return {"name": name, "available": True, "why": None, "found": dict(backend.probe())}
         finally:
@@ -193,7 +218,8 @@ def examine_model(model: str) -> dict[str, Any]:
 def describe_model(opened: OpenModel) -> dict[str, Any]:
     from math import prod
 
-    from headrace.core.sizing import kv_bytes_per_token
+    from headrace.core.resolve_cuda import card_use
+    from headrace.core.sizing import card_budget, kv_bytes_per_token
     from headrace.engine.hardware import probe_hardware
 
     spec, config, checkpoint = opened.spec, opened.config, opened.checkpoint
@@ -202,8 +228,11 @@ def describe_model(opened: OpenModel) -> dict[str, Any]:
     kv_token = kv_bytes_per_token(spec, config.kv_dtype)
     loaded = loaded_bytes(checkpoint, config)
     cache = config.num_blocks * config.block_size * kv_token
-    needed = loaded + cache
-    free = probe_hardware().free_memory_bytes
+    hardware = probe_hardware()
+    needed, free, card = loaded + cache, hardware.free_memory_bytes, None
+    if config.device == "cuda" and hardware.gpu is not None:
+        budget = card_budget(spec, card_use(config), opened.stored, hardware.gpu.multiprocessors)
+        loaded, needed, free, card = budget.weights, budget.total + cache, hardware.gpu.free_bytes, asdict(budget)
     names = [name for name in config.__dataclass_fields__ if name != "reasons"]
     return {
         "error": None,
@@ -227,6 +256,7 @@ def describe_model(opened: OpenModel) -> dict[str, Any]:
         },
         "loaded_weight_bytes": loaded,
         "kv_cache_bytes": cache,
+        "card_bytes": card,
         "needed_bytes": needed,
         "free_bytes": free,
         "fits": needed <= free,
@@ -280,7 +310,13 @@ def warnings_of(found: Mapping[str, Any]) -> list[str]:
         if value and not (value.isascii() and value.isdecimal() and int(value[:9]) > 0):
             said.append(f"{name} is {printable(shorten(value))}, which is no number of threads; --threads counts.")
     if found["gpus"] and not any(one["found"].get("device", "cpu") != "cpu" for one in found["backends"]):
-        said.append("There is a GPU, but no backend of this installation uses it: everything runs on the CPU.")
+        why = found["gpu_note"] or "the torch backend cannot run there"
+        said.append(f"There is a GPU, but everything runs on the CPU: {why}.")
+    names = {card["name"] for card in found["gpus"]}
+    if len(names) > 1 and found["environment"]["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID":
+        said.append("The GPUs differ: with CUDA_DEVICE_ORDER=PCI_BUS_ID the first one listed here is the one used.")
+    if found["card"] is not None and found["card"]["error"] is not None:
+        said.append(f"The GPU could not be measured: {printable(found['card']['error'])}.")
     room = found["hub_cache"]["disk_free_bytes"]
     if room is not None and room < LOW_DISK:
         said.append(f"Only {size(room)} are free on the disk where Hub models are kept.")
@@ -291,175 +327,3 @@ def warnings_of(found: Mapping[str, Any]) -> list[str]:
             "are free. A smaller --max-model-len or --kv-cache-mib needs less."
         )
     return said
-
-
-# ---------------------------------------------------------------- for people
-
-
-class Row(NamedTuple):
-    label: str
-    text: str
-    good: bool | None = None
-    """Colours what stands before the first colon."""
-
-
-def render(found: Mapping[str, Any], style: Style, width: int) -> str:
-    """The whole report, wrapped to `width` columns."""
-    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
-    missing = [name for name, version in found["packages"].items() if not version]
-    software = [
-        Row("headrace", f"{found['headrace']}, Python {found['python']}"),
-        Row("packages", ", ".join(packages)),
-        Row("not installed", ", ".join(missing) or "–"),
-        Row("environment", environment_text(found["environment"])),
-    ]
-    sections = [
-        ("Machine", machine_rows(found)),
-        ("Software", software),
-        ("Backends", backend_rows(found)),
-        ("Models", storage_rows(found)),
-    ]
-    if found["model"] is not None:
-        sections.append((f"Model {found['model'].get('name', '')}".rstrip(), model_rows(found["model"])))
-        sections.append(("Settings chosen for it", settings_rows(found["model"])))
-    blocks = [section_text(printable(title), rows, width, style) for title, rows in sections if rows]
-    if found["warnings"]:
-        lines = [line for text in found["warnings"] for line in hanging(text, width, "  ! ", "    ")]
-        blocks.append("\n".join((style.bold("Worth a look"), *(style.warn(line) for line in lines))))
-    return "\n\n".join(blocks)
-
-
-def machine_rows(found: Mapping[str, Any]) -> list[Row]:
-    cpu, memory = found["cpu"], found["memory"]
-    cores = f"{cpu['cores_usable']} usable of {cpu['cores_present']}"
-    if cpu["quota_cores"] is not None:
-        cores += f", control group allows {cpu['quota_cores']:g} CPUs' worth of time"
-    if (cpu["numa_nodes"] or 1) > 1:
-        cores += f", {cpu['numa_nodes']} NUMA nodes"
-    has = [name for name, there in cpu["instructions"].items() if there]
-    lacks = [name for name, there in cpu["instructions"].items() if not there]
-    sets = (", ".join(has) or "none that matter") + (f" (not: {', '.join(lacks)})" if lacks else "")
-    rooms = f"{size(memory['available_bytes'])} available of {size(memory['total_bytes'])}"
-    if memory["limit_bytes"] is not None:
-        rooms += f", control group limit {size(memory['limit_bytes'])}"
-    swap = memory["swap_total_bytes"]
-    rooms += f", swap {size(memory['swap_free_bytes'])} free of {size(swap)}" if swap else ", no swap"
-    rows = [
-        Row("system", found["system"]),
-        Row("CPU", cpu["model"] or "unknown"),
-        Row("cores", cores),
-        Row("instructions", sets if cpu["instructions"] else "unknown"),
-        Row("memory", rooms),
-        Row("load", "unknown" if cpu["load_1min"] is None else f"{cpu['load_1min']:g} in the last minute"),
-    ]
-    if cpu["governor"]:
-        rows.append(Row("governor", cpu["governor"]))
-    for card in found["gpus"]:
-        text = f"{card['name']}, {size(card['memory_free_bytes'])} free of {size(card['memory_total_bytes'])}"
-        rows.append(Row("GPU", f"{text}, driver {card['driver']}, compute capability {card['compute_capability']}"))
-    if found["gpu_note"]:
-        rows.append(Row("GPU", found["gpu_note"]))
-    return rows
-
-
-def environment_text(environment: Mapping[str, str | None]) -> str:
-    parts = [f"{name}={shorten(value, 60)[1:-1]}" for name, value in environment.items() if value]
-    return ", ".join(parts) or "nothing that matters is set"
-
-
-def backend_rows(found: Mapping[str, Any]) -> list[Row]:
-    rows = [backend_row(one) for one in found["backends"]]
-    if any(one["name"] == "native" and not one["available"] for one in found["backends"]):
-        rows.append(Row("compiler", found["compiler"] or "no C++ compiler is on the PATH"))
-    chosen = found["auto"]
-    return [*rows, Row("auto", "none of them" if chosen is None else f"{chosen['backend']}: {chosen['reason']}")]
-
-
-def backend_row(backend: Mapping[str, Any]) -> Row:
-    if not backend["available"]:
-        return Row(backend["name"], f"no: {backend['why']}", good=False)
-    # The library's own number of threads is not the one that headrace will set.
-    found = {name: value for name, value in backend["found"].items() if name != "threads"}
-    text = ", ".join(f"{name} {spelled(found[name])}" for name in found)
-    if "built" in found:
-        usable = found["available"]
-        text = f"{found['instructions']} kernels, the fastest that this CPU runs of {', '.join(found['built'])}"
-        if lacking := [name for name in found["built"] if name not in usable]:
-            text += f" (it lacks what {', '.join(lacking)} needs)"
-    return Row(backend["name"], f"yes: {text}", good=True)
-
-
-def storage_rows(found: Mapping[str, Any]) -> list[Row]:
-    demo, cache = found["demo_model"], found["hub_cache"]
-    text = f"empty ({cache['path']})"
-    if cache["present"]:
-        models = f"{cache['models']} model" + ("" if cache["models"] == 1 else "s")
-        text = f"{models}, {'' if cache['counted_whole'] else 'at least '}{size(cache['bytes'])}, in {cache['path']}"
-    return [
-        Row("demo", f"installed, {size(demo['bytes'])}" if demo["installed"] else demo["hint"]),
-        Row("Hub cache", text),
-        Row("disk there", f"{size(cache['disk_free_bytes'])} free"),
-    ]
-
-
-def model_rows(model: Mapping[str, Any]) -> list[Row]:
-    if model["error"] is not None:
-        return [Row("error", model["error"]["message"], good=False)]
-    bits = 8 * model["weight_bytes"] / max(1, model["parameters"])
-    chat = "with a chat template" if model["chat_template"] else "no chat template"
-    shape = f"{model['layers']} layers of {model['hidden_size']}, {model['heads']} heads, {model['kv_heads']} of KV"
-    parts = f"{size(model['loaded_weight_bytes'])} of weights, up to {size(model['kv_cache_bytes'])} of KV cache"
-    needs = f"{parts}, {size(model['free_bytes'])} free"
-    return [
-        Row("architecture", f"{model['architecture']} ({model['format']}): {shape}"),
-        Row("context", f"{model['context']} tokens, vocabulary of {model['vocab_size']}"),
-        Row("tokenizer", f"yes, {chat}" if model["tokenizer"] else "none: token ids in and out"),
-        Row("weights", f"{model['parameters'] / 1e6:,.1f} M in {size(model['weight_bytes'])}, {bits:.1f} bits each"),
-        Row("KV cache", f"{model['kv_bytes_per_token'] / 1024:.1f} KiB a token"),
-        Row("fits", f"{spelled(model['fits'])}: {needs}", good=model["fits"]),
-        *(Row("note", note) for note in model["notes"]),
-    ]
-
-
-def settings_rows(model: Mapping[str, Any]) -> list[Row]:
-    rows = []
-    for name, setting in model.get("settings", {}).items():
-        value, reason = spelled(setting["value"]), setting["reason"]
-        rows.append(Row(name, reason if reason.startswith(f"{value}:") else f"{value}: {reason}"))
-    return rows
-
-
-def section_text(title: str, rows: Sequence[Row], width: int, style: Style) -> str:
-    indent = 4 + max(LABEL, *(len(row.label) for row in rows))
-    return "\n".join((style.bold(title), *(laid_out(row, indent, width, style) for row in rows)))
-
-
-def laid_out(row: Row, indent: int, width: int, style: Style) -> str:
-    """Label, then the text, wrapped below itself. Colours come last, so that they take no room."""
-    lines = hanging(printable(row.text), width, f"  {row.label}".ljust(indent), " " * indent)
-    if row.good is not None:
-        word, colon, rest = lines[0][indent:].partition(":")
-        lines[0] = lines[0][:indent] + (style.good if row.good else style.bad)(word) + colon + rest
-    return "\n".join(lines)
-
-
-def hanging(text: str, width: int, first: str, later: str) -> list[str]:
-    """Wrapped lines; a path is longer than a line rather than broken."""
-    lines = wrap(text, max(width - len(later), 40), break_on_hyphens=False, break_long_words=False)
-    return [(later if number else first) + line for number, line in enumerate(lines or [""])]
-
-
-def size(num_bytes: int | None) -> str:
-    """In binary units, for people."""
-    if num_bytes is None:
-        return "unknown"
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):.{1 if power == 30 else 0}f} {unit}"
-    return f"{num_bytes} bytes"
-
-
-def spelled(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)

@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "serve a model over the OpenAI and TGI HTTP APIs",
     "batch": "answer a file of OpenAI batch lines, durably",
     "compare": "run the same questions under every method, with proof and times",
+    "plan": "predict size, speed, power and cost before buying",
     "convert": "make a folder of a checkpoint that torch saved (Open-Qwen2VL)",
     "profile": "where the time goes: named ranges, a table and a trace",
     "doctor": "what this machine has, and what headrace will use",

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BACKENDS = ("auto", "torch", "native")
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INSTRUCTION_SETS = ("auto", "avx512", "avx2", "portable")
-QUANTS = ("auto", "none", "stored", "int8", "int4")
-KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+QUANTS = ("auto", "none", "stored", "int8", "int4", "fp8")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
 PROMPT_FORMS = ("auto", "chatml", "mpt", "train", "cli", "raw")
 
 
@@ -21,14 +22,20 @@ class EngineConfig:
     """A Hugging Face-layout folder, a .gguf file, a Hub id (org/name or org/name@revision), or `demo`."""
     backend: str = "auto"
     """What executes the model: auto, torch or native."""
+    device: str = "auto"
+    """Where the torch backend runs: auto (on an NVIDIA GPU where it can), cpu or cuda. The native backend runs on the
+    CPU."""
     dtype: str = "auto"
     """Type of plain weights, and on torch of all arithmetic: auto, float32, bfloat16 or float16. If set, packed weights
-    are dequantised to it."""
+    are dequantised to it, but on CUDA only with a quant of none."""
     quant: str = "auto"
-    """How weights are kept: auto, none (plain numbers), stored (as the checkpoint packs them), int8 or int4 (plain
-    weights are rounded at load). All but none: native backend, with int8 activations."""
+    """How weights are kept: auto, none (plain numbers), stored (as the checkpoint packs them), int8, int4 or fp8 (plain
+    weights are rounded at load). All but none: CUDA, where int8 and fp8 round activations too, or (but for fp8) the
+    native backend, with int8 activations."""
     kv_dtype: str = "auto"
-    """Type of the KV cache: auto, float32, bfloat16, float16 (torch) or int8 (native)."""
+    """Type of the KV cache: auto, float32, bfloat16, float16 (torch), int8 (native) or fp8 (CUDA)."""
+    batch_invariant: bool = False
+    """On CUDA: every answer's bits independent of the batch, at a cost; on a CPU they always are."""
     instruction_set: str = "auto"
     """Kernels of the native backend: auto (the fastest that this machine runs), avx512, avx2 or portable."""
     threads: int | None = None
@@ -65,6 +72,24 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """The NVIDIA GPU that torch would use."""
+
+    name: str
+    """As its driver calls it."""
+    total_bytes: int
+    """Its memory."""
+    free_bytes: int
+    """What of it nobody holds."""
+    capability: tuple[int, int]
+    """Compute capability: (9, 0) is Hopper."""
+    multiprocessors: int | None = None
+    """None: not known before torch is imported."""
+    count: int = 1
+    """GPUs that this process may use, this one among them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """What `resolve` needs to know of the machine."""
 
@@ -73,7 +98,11 @@ class Hardware:
     free_memory_bytes: int
     """Memory that can still be taken without swapping, in this process's control group."""
     backends: tuple[str, ...] = ("torch",)
-    """Backends that are installed, the best for this machine first."""
+    """Backends that are installed, the best on a CPU first."""
+    gpu: Gpu | None = None
+    """What device cuda would run on; None: there is none, or torch cannot use it."""
+    no_gpu: str = "nobody has looked for a GPU"
+    """Why `gpu` is None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +137,7 @@ class ResolvedConfig:
     """Whether the KV blocks of prompts that begin alike are reused."""
     reasons: Mapping[str, str]
     """Field -> why it has its value."""
+    device: str = "cpu"
+    """Where the backend runs: cpu or cuda."""
+    batch_invariant: bool = True
+    """Whether every answer's bits are independent of the batch."""

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from headrace.core.spec import EncoderSpec, LayerSpec, ModelSpec, NormSpec, ProjectorSpec
+from headrace.core.spec import EncoderSpec, LayerSpec, ModelSpec, NormSpec, ProjectorSpec, RopeSpec
 
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+SCALED_KV = frozenset({"int8", "fp8"})
+"""Types of a KV cache that have a scale for each key and each value of a head."""
 SCALE_BYTES = 4
 NATIVE_BITS: Mapping[str, float] = {
     "f16": 16, "bf16": 16, "q4_0": 4.5, "q4_1": 5, "q5_0": 8.5, "q5_1": 9, "q8_0": 8.5,
@@ -23,15 +25,15 @@ def kv_values_per_token(spec: ModelSpec) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
-    """int8 has a scale for each key and each value of a head."""
-    scales = sum(2 * layer.attention.kv_heads for layer in spec.layers) if dtype == "int8" else 0
+    """int8 and fp8 have a scale for each key and each value of a head."""
+    scales = sum(2 * layer.attention.kv_heads for layer in spec.layers) if dtype in SCALED_KV else 0
     return kv_values_per_token(spec) * DTYPE_BYTES[dtype] + SCALE_BYTES * scales
 
 
 def kv_bytes_per_block(spec: ModelSpec, dtype: str, block_size: int, lanes: int = 1) -> int:
     """`lanes`: a backend pads the tokens of a block, and the dimensions of a value, to a multiple of it."""
     tokens = _up(block_size, lanes)
-    scale = 2 * SCALE_BYTES if dtype == "int8" else 0
+    scale = 2 * SCALE_BYTES if dtype in SCALED_KV else 0
     heads = ((layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers)
     each = (count * (DTYPE_BYTES[dtype] * (dim + _up(dim, lanes)) + scale) for count, dim in heads)
     return tokens * sum(each)
@@ -44,6 +46,16 @@ def _up(count: int, unit: int) -> int:
 def stored_bytes(numbers: Mapping[str, int]) -> int:
     """Bytes of weights that the native backend keeps as stored; scheme -> how many numbers there are."""
     return round(sum(count * NATIVE_BITS.get(scheme, 32) / 8 for scheme, count in numbers.items()))
+
+
+def product_flops(m: int, n: int, k: int) -> int:
+    """Of x wᵀ with x (m, k) and w (n, k): a multiplication and an addition each."""
+    return 2 * m * n * k
+
+
+def product_bytes(m: int, n: int, k: int, bits: float) -> float:
+    """What x wᵀ moves at least: w once, `bits` a number (scales included), x and the result as float32."""
+    return n * k * bits / 8 + 4 * m * (n + k)
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -280,3 +292,206 @@ def _norms(*norms: NormSpec | None) -> Iterator[Matrix]:
     for norm in norms:
         if norm is not None:
             yield Matrix(norm.width, count=2 if norm.bias else 1)
+
+
+# ---------------------------------------------------------------- a GPU's memory
+
+
+GRAPH_BYTES = 512 * MIB
+"""Allowed for CUDA graphs and for what libraries hold (cuBLAS: 32 MiB on Hopper)."""
+IMAGE_CACHE_BYTES = 256 * MIB
+"""Of encoded images that are kept for whoever brings them again. In bfloat16 seven tiles of NVLM-D are 28 MiB, of a
+model of 1B parameters 3 MiB."""
+SCORED_ROWS = 64
+"""Prompt tokens whose logits are there at one time."""
+CODES = frozenset({"int8", "int4", "fp8"})
+"""quant of linear layers that are rounded at load."""
+CARD_GROUP = 32
+"""Columns that share a scale and a minimum where weights are rounded to int4."""
+PRODUCT_PAD = 16
+"""int8 and fp8 products take rows and columns in multiples of it."""
+SPLIT_WAVES = 4
+"""Attention over long contexts is split until it has so many programs for each multiprocessor."""
+INVARIANT_CHUNK, MOST_CHUNKS = 512, 64
+"""Where it is batch-invariant: keys of a part at least, and parts of a row."""
+PLAIN_TYPES: Mapping[str, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""Scheme of plain numbers -> their type."""
+CARD_BITS: Mapping[str, float] = {"q4_0": 5, "q4_1": 5, "q4_K": 5}
+"""Scheme of a GGUF file that a GPU keeps packed -> bits a number takes there, scale and minimum included."""
+MOST_MULTIPROCESSORS = 160
+"""Where their number is not known; the largest card so far has 148."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a checkpoint holds, as far as choices depend on it."""
+
+    packed: bool = False
+    """Whether its weights are quantised."""
+    dtype: str | None = None
+    """Type of its plain numbers: float32, bfloat16 or float16; None: it does not say."""
+    packed_bytes: int = 0
+    """Of the weights that a GPU keeps as they are packed."""
+    plain_numbers: int = 0
+    """In the other ones, which become plain numbers there."""
+
+
+def stored_sizes(numbers: Mapping[str, int], schemes: Mapping[str, str]) -> tuple[int, int]:
+    """(bytes that stay packed on a GPU, numbers that become plain ones) of a GGUF file: by tensor, how many numbers it
+    has and its scheme. Embedding and head become plain."""
+    kept = {name for name, scheme in schemes.items() if scheme in CARD_BITS and name.startswith("blk.")}
+    packed = sum(numbers[name] * CARD_BITS[schemes[name]] / 8 for name in kept)
+    return round(packed), sum(count for name, count in numbers.items() if name not in kept)
+
+
+def stays_packed(quantisation: object) -> bool:
+    """Whether a GPU keeps the weights of a folder as its `quantization_config` says they are packed: 4 bits, or 8 with
+    a scale for each row. Other ones become plain numbers there."""
+    if not isinstance(quantisation, Mapping):
+        return False
+    if quantisation.get("quant_method") == "fp8":
+        return quantisation.get("weight_block_size") is None
+    groups = quantisation.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return bool(quantisation.get("bits", 4) == 4)
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    return all(
+        isinstance(one, Mapping) and (one.get("num_bits") == 4 or one.get("strategy") == "channel") for one in weights
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CardUse:
+    """How a model is to run on a GPU, as far as it takes memory. Fields as in ResolvedConfig."""
+
+    dtype: str
+    quant: str
+    kv_dtype: str
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    batch_invariant: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Most of one step."""
+        return min(self.max_num_batched_tokens, self.max_num_seqs * self.max_model_len)
+
+
+@dataclass(frozen=True, slots=True)
+class CardBudget:
+    """Bytes that a model takes of a GPU beside its KV cache."""
+
+    weights: int
+    step: int
+    """Most that one step's intermediate results take."""
+    images: int
+    """The vision side's step, and the cache of encoded images."""
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.images + self.graphs
+
+
+def card_budget(spec: ModelSpec, use: CardUse, stored: Stored, multiprocessors: int | None = None) -> CardBudget:
+    """Weights are exact for the shapes; the rest is the most there can be."""
+    return CardBudget(
+        card_weight_bytes(spec, use, stored),
+        card_step_bytes(spec, use, multiprocessors or MOST_MULTIPROCESSORS),
+        _image_bytes(spec, use),
+        GRAPH_BYTES,
+    )
+
+
+def card_weight_bytes(spec: ModelSpec, use: CardUse, stored: Stored) -> int:
+    """Weights on a GPU, and tables of rotary angles.
+
+    Rounded at load: a 32-bit scale for each row of int8 and fp8, a 16-bit scale and minimum for each 32 columns of
+    int4; embedding, head, norms, experts and the vision side stay plain. A packed checkpoint has the bytes of its
+    packing, unless experts make it plain.
+    """
+    size = DTYPE_BYTES[use.dtype]
+    experts = any(layer.mlp.experts is not None for layer in spec.layers)
+    if stored.packed and use.quant != "none" and not experts:
+        return stored.packed_bytes + size * stored.plain_numbers + _rope_bytes(spec, use.max_model_len)
+    codes = use.quant in CODES and not stored.packed and not experts
+    each = (
+        matrix.count * _code_bytes(matrix.rows, matrix.cols, use.quant)
+        if codes and matrix.linear
+        else size * matrix.numbers
+        for matrix in _all_weights(spec, stored=False)
+    )
+    return sum(each) + _rope_bytes(spec, use.max_model_len)
+
+
+def _code_bytes(rows: int, cols: int, quant: str) -> int:
+    if quant == "int4":
+        return rows * -(-cols // CARD_GROUP) * (CARD_GROUP // 2 + 4)
+    return _up(rows, PRODUCT_PAD) * _up(cols, PRODUCT_PAD) + SCALE_BYTES * rows
+
+
+def _rope_bytes(spec: ModelSpec, max_model_len: int) -> int:
+    """A float32 cosine and sine for each position and pair, of each kind of rotary embedding."""
+    kinds: list[RopeSpec] = []
+    for layer in spec.layers:
+        rope = layer.attention.rope
+        if rope is not None and rope not in kinds:
+            kinds.append(rope)
+    return sum(2 * 4 * max_model_len * (rope.dim // 2) for rope in kinds)
+
+
+def card_step_bytes(spec: ModelSpec, use: CardUse, multiprocessors: int) -> int:
+    """Most that one step holds beside weights and KV cache.
+
+    Every result of the widest layer at once, since torch's allocator keeps what it gave; logits in the type of
+    arithmetic, in float32, and once more for the sampler; of attention that is split along its keys (flash-decoding)
+    each part's float32 sum, maximum and denominator: a part for each program, or for each chunk of keys.
+    """
+    size = DTYPE_BYTES[use.dtype]
+    width = max(layer_width(layer, spec.hidden_size) for layer in spec.layers)
+    codes = 0
+    if use.quant in ("int8", "fp8"):
+        codes = max(_widest_input(layer, spec.hidden_size) for layer in spec.layers) + SCALE_BYTES
+    logits = max(use.max_num_seqs, SCORED_ROWS) * spec.vocab_size * (size + 2 * 4)
+    partials = 0
+    for attention in (layer.attention for layer in spec.layers):
+        # Rows are split only while there are fewer programs, and then into as many parts as make up the number.
+        parts = 2 * SPLIT_WAVES * multiprocessors
+        if use.batch_invariant:
+            parts *= min(MOST_CHUNKS, -(-use.max_model_len // INVARIANT_CHUNK))
+        each = 4 * -(-attention.heads // attention.kv_heads) * (attention.head_dim + 2)
+        partials = max(partials, parts * each)
+    return use.tokens * (size * width + codes) + logits + partials
+
+
+def layer_width(layer: LayerSpec, hidden: int) -> int:
+    """Numbers that a layer computes for one token: residual stream, its norm and what both parts add; q, k, v and what
+    attention gives; the MLP's inner values, and their product; of experts all that for each choice."""
+    attention, mlp = layer.attention, layer.mlp
+    heads = (2 * attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    parts = 3 if mlp.gated else 2
+    inner = parts * mlp.intermediate
+    if mlp.experts is not None:
+        inner = mlp.experts.experts_per_token * (parts * mlp.experts.intermediate + 2 * hidden)
+        inner += parts * (mlp.experts.shared_intermediate or 0)
+    return 4 * hidden + heads + inner
+
+
+def _widest_input(layer: LayerSpec, hidden: int) -> int:
+    return max(hidden, layer.attention.heads * layer.attention.head_dim, layer.mlp.intermediate)
+
+
+def _image_bytes(spec: ModelSpec, use: CardUse) -> int:
+    """One image of the most tiles at a time: pixels (bytes, and as they are computed with), every result of a block."""
+    if spec.vision is None:
+        return 0
+    encoder, projector, tiling = spec.vision.encoder, spec.vision.projector, spec.vision.tiling
+    size = DTYPE_BYTES[use.dtype]
+    tiles = tiling.max_tiles + (1 if tiling.thumbnail else 0)
+    patches = encoder.grid**2 + (1 if encoder.class_token else 0)
+    block = 4 * encoder.hidden_size + 4 * encoder.heads * encoder.head_dim + 2 * encoder.intermediate
+    rows = projector.tokens * (projector.width + 2 * projector.intermediate + spec.hidden_size)
+    pixels = CHANNELS * encoder.tile_size**2 * (1 + 2 * size)
+    return tiles * (pixels + size * (patches * block + rows)) + IMAGE_CACHE_BYTES

@@ -14,6 +14,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
+from headrace.engine.nvml import find_cards, visible_devices
+
 WATTS_PER_CORE = 1100 / 112
 """A node of two CPUs with 56 cores each takes 1.100 kW at full load, memory and fans included (the constants behind
 NVIDIA's published comparison of CPU and GPU nodes): 9.8 W a core."""
@@ -91,8 +93,16 @@ class RaplMeter:
         return sum(counter.risen(_read_int(path)) for path, counter in self._zones) / 1e6
 
 
+def _devices(nvml: Any) -> list[Any]:
+    """The GPU that torch uses, which is the first that CUDA_VISIBLE_DEVICES leaves; all, where it cannot be told."""
+    cards, _ = find_cards(visible=visible_devices())
+    if cards and cards[0].uuid is not None:
+        return [nvml.nvmlDeviceGetHandleByUUID(cards[0].uuid)]
+    return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+
 class NvmlMeter:
-    """Energy of the NVIDIA GPUs: their own counters (Volta and later), else power times the time between two calls."""
+    """Energy of NVIDIA GPUs: their own counters (Volta and later), else power times the time between two calls."""
 
     source = "nvml"
 
@@ -113,7 +123,7 @@ class NvmlMeter:
             return None
         try:
             nvml.nvmlInit()
-            devices = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            devices = _devices(nvml)
             meter = cls(nvml, devices)
             meter.joules(monotonic())
         except nvml.NVMLError:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from headrace.core.config import Hardware
+from headrace.core.config import Gpu, Hardware
+from headrace.engine.nvml import LIBRARY, find_cards, visible_devices
 
 ROOT = Path("/")
 UNLIMITED = 1 << 60
@@ -26,11 +28,58 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name, module in NEEDS.items() if find_spec(module) is not None)
 
 
+def torch_version_file() -> Path | None:
+    """Where the installed torch says how it was built; None: it is not installed. torch is not imported."""
+    spec = find_spec("torch")
+    return None if spec is None or spec.origin is None else Path(spec.origin).with_name("version.py")
+
+
+def built_without_cuda(version_file: Path | None) -> str | None:
+    """Why this torch cannot use an NVIDIA GPU; None: it is a CUDA build."""
+    if version_file is None:
+        return "torch is not installed"
+    text = read_text(version_file) or ""
+    if re.search(r"""^cuda\b[^=\n]*=\s*['"]""", text, re.MULTILINE):
+        return None
+    version = re.search(r"""^__version__\b[^=\n]*=\s*['"]([^'"\n]{1,40})['"]""", text, re.MULTILINE)
+    return f"the installed torch{f' {version[1]}' if version else ''} is built without CUDA"
+
+
+def probe_gpu(version_file: Path | None, library: str = LIBRARY) -> tuple[Gpu | None, str]:
+    """(the first GPU that CUDA shows this process, why there is none). Where the installed torch is not a CUDA build,
+    the driver is not even asked.
+
+    With cards of several kinds the first is CUDA's own only if CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    """
+    missing = built_without_cuda(version_file)
+    if missing is not None:
+        return None, missing
+    cards, note = find_cards(library, visible_devices())
+    if not cards:
+        return None, f"GPU: {note}"
+    card = cards[0]
+    if card.total_bytes is None or card.free_bytes is None or card.capability is None:
+        return None, f"the driver does not tell the memory or the compute capability of {card.name}"
+    sizes = (card.total_bytes, card.free_bytes)
+    return Gpu(card.name, *sizes, card.capability, card.multiprocessors, len(cards)), ""
+
+
 def read_text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def processor_name(root: Path = ROOT) -> str:
+    """Model of the processor, as Linux tells it."""
+    import platform  # only here: every start reads this module
+
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or "unknown"
 
 
 def as_int(text: str | None) -> int | None:
@@ -97,13 +146,14 @@ def _free_memory_bytes(root: Path) -> int:
 
 
 def probe_hardware(root: Path = ROOT) -> Hardware:
-    """CPUs this process may run on, or be given the time of, and memory it can still take."""
+    """CPUs this process may run on, or be given the time of, memory it can still take, and the GPU torch would use."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quota = cpu_quota(root)
     if quota is not None:
         # More threads than the quota pays for make each of them wait for the others.
         cores = min(cores, max(1, math.floor(quota)))
-    return Hardware(cores=cores, free_memory_bytes=_free_memory_bytes(root), backends=installed_backends())
+    gpu, no_gpu = probe_gpu(torch_version_file())
+    return Hardware(cores, _free_memory_bytes(root), installed_backends(), gpu, no_gpu)
 
 
 def peak_rss_bytes(root: Path = ROOT) -> int:

@@ -53,6 +53,8 @@ def identify_model(opened: OpenModel) -> ModelIdentity:
         "instruction_set": config.instruction_set,
         "threads": config.threads,
         "max_model_len": config.max_model_len,
+        # A CPU's identity is what it was before there was another device.
+        **({} if config.device == "cpu" else {"device": config.device, "batch_invariant": config.batch_invariant}),
         **({} if opened.requested.prompt_form == "auto" else {"prompt_form": opened.requested.prompt_form}),
         "adapters": {adapter.name: adapter.fingerprint for adapter in opened.adapters.values()},
     }

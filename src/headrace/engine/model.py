@@ -5,6 +5,7 @@ Everything that can be refused is refused here, before torch is imported and wei
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from headrace.core.errors import (
     UnsupportedParameter,
 )
 from headrace.core.resolve import INSTALL, check_config, resolve
+from headrace.core.sizing import IMAGE_CACHE_BYTES, PLAIN_TYPES, Stored, stays_packed, stored_sizes
 from headrace.core.spec import WeightMap
 from headrace.core.types import Capacity, EngineLimits, Request, SamplingParams
 from headrace.core.validate import validate
@@ -65,9 +67,6 @@ OnProgress = Callable[[float], None]
 """Hears which share of the weights has been read, 0 to 1."""
 SAMPLE_CHARACTERS = 16
 """For each token of the context: so much of a long text is tokenised to see whether it can be a prompt at all."""
-IMAGE_CACHE_BYTES = 2**28
-"""Of encoded images that are kept for whoever brings them again. In bfloat16 seven tiles of NVLM-D are 28 MiB, of a
-model of 1B parameters 3 MiB."""
 MOST_HELD = 8 * 2**20
 """Bytes of a checkpoint's tensors that stay in memory beside those that a backend has made of them."""
 
@@ -104,7 +103,8 @@ class OpenModel:
         )
         self.spec = description.spec
         self._weight_map = description.weight_map
-        self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware(), checkpoint.is_packed)
+        self.stored = stored_of(checkpoint, description.dtype)
+        self.config: ResolvedConfig = resolve(config, self.spec, probe_hardware(), self.stored)
         self.adapters = self._read_adapters(description.adapter_map)
         self._begun: _Load | None = None
         self._begin_s = 0.0
@@ -367,12 +367,27 @@ class OpenModel:
             max_model_len=config.max_model_len,
             # Who keeps nothing of one request for the next keeps no images either.
             image_cache_bytes=IMAGE_CACHE_BYTES if self.spec.vision is not None and config.prefix_cache else 0,
+            batch_invariant=config.batch_invariant,
+            device=config.device,
         )
 
     def _make_load(self, name: str, options: BackendOptions) -> _Load:
         # Names and shapes are compared here, before a backend is imported.
         tensors = stream(self.checkpoint, self._weight_map)
-        return _Load(name, options, create_backend(name, self.config.instruction_set), self.checkpoint, tensors)
+        backend = create_backend(name, self.config.instruction_set, options.device)
+        return _Load(name, options, backend, self.checkpoint, tensors)
+
+
+def stored_of(checkpoint: Checkpoint, dtype: str | None) -> Stored:
+    """What a checkpoint holds. `dtype`: what its config says of its plain numbers."""
+    numbers = {name: math.prod(shape) for name, shape in checkpoint.shapes().items()}
+    if checkpoint.format == "gguf":
+        schemes = {name: checkpoint.tensor(name).scheme for name in numbers}
+        if not checkpoint.is_packed:
+            dtype = PLAIN_TYPES.get(schemes[max(numbers, key=lambda name: numbers[name])])
+        return Stored(checkpoint.is_packed, dtype, *stored_sizes(numbers, schemes))
+    kept = stays_packed(checkpoint.config.get("quantization_config"))
+    return Stored(checkpoint.is_packed, dtype, *((checkpoint.nbytes, 0) if kept else (0, sum(numbers.values()))))
 
 
 class _Load:
@@ -408,8 +423,8 @@ class _Load:
         checkpoint.drop_pages()
 
 
-def create_backend(name: str, instruction_set: str = "auto") -> Backend:
-    """An unloaded backend.
+def create_backend(name: str, instruction_set: str = "auto", device: str = "cpu") -> Backend:
+    """An unloaded backend. `device`: where the torch backend runs, cpu or cuda.
 
     Raises BackendUnavailable if what it needs is not installed, ConfigError for kernels that this machine does not run.
     """
@@ -426,9 +441,13 @@ def create_backend(name: str, instruction_set: str = "auto") -> Backend:
             ) from error
         return NativeBackend(None if instruction_set == "auto" else instruction_set)
     try:
+        if device == "cuda":
+            from headrace.backends.torch.gpu.backend import GpuBackend
+
+            return GpuBackend()
         from headrace.backends.torch.backend import TorchBackend
     except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("torch"):
+        if error.name is None or error.name.partition(".")[0] not in ("torch", "triton"):
             raise
-        raise BackendUnavailable(f"backend torch needs the torch package: {INSTALL[name]}") from error
+        raise BackendUnavailable(f"backend torch needs the {error.name} package: {INSTALL[name]}") from error
     return TorchBackend()

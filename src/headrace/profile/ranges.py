@@ -10,7 +10,7 @@ from statistics import median
 from headrace.backends.ranges import ATTENTION, LAYER, MLP, Range
 
 PREFILL, DECODE = "headrace.prefill", "headrace.decode"
-LOAD, SCHEDULE, COMMIT, DETOKENISE = "load", "schedule", "commit", "detokenise"
+LOAD, SCHEDULE, COMMIT, DETOKENISE, WAIT = "load", "schedule", "commit", "detokenise", "wait"
 ALL_LAYERS = "layers"
 """The sum of a model's layers, where a table has no row for each."""
 

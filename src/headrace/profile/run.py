@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from headrace.backends.base import Backend
 from headrace.backends.ranges import Profiled, Range
@@ -19,7 +21,7 @@ from headrace.core.validate import validate
 from headrace.engine.answer import Answer
 from headrace.engine.core import EngineCore
 from headrace.engine.model import OpenModel
-from headrace.profile.ranges import COMMIT, DECODE, DETOKENISE, LOAD, PREFILL, SCHEDULE, Node, nest
+from headrace.profile.ranges import COMMIT, DECODE, DETOKENISE, LOAD, PREFILL, SCHEDULE, WAIT, Node, nest
 
 MOST: Mapping[str, int] = {"prompt_tokens": 2**20, "max_tokens": 1024, "requests": 256}
 MAX_STEPS = 2048
@@ -101,33 +103,42 @@ class Profile:
         return nest(self.ranges)
 
 
+class _Planned(NamedTuple):
+    """A plan without an answer yet."""
+
+    phase: str
+    rows: int
+    tokens: int
+
+
 class Watch:
     """The engine's backend, with a clock before and after it. What `Backend` says holds of it."""
 
     def __init__(self, inner: Backend) -> None:
-        """Raises EngineError for a backend that keeps no ranges."""
-        if not isinstance(inner, Profiled):
-            raise EngineError(f"the backend {inner.name} cannot be profiled")
+        """Of a backend that keeps no ranges (on a GPU) those of the engine are all there are."""
         self._inner = inner
-        self._profiled: Profiled = inner
+        self._profiled: Profiled | None = inner if isinstance(inner, Profiled) else None
         self.name, self.depth = inner.name, inner.depth
         self.load, self.load_adapter = inner.load, inner.load_adapter
-        self.reset, self.probe, self.explain = inner.reset, inner.probe, inner.explain
+        self.probe, self.explain = inner.probe, inner.explain
         self.memory, self.close = inner.memory, inner.close
         self._num_prompt: dict[int, int] = {}
         self._on = False
         self._ranges: list[Range] = []
         self._steps: list[Step] = []
-        self._plan: StepPlan | None = None
-        self._phase = ""
+        self._unanswered: deque[_Planned] = deque()
         self._submitted_ns = self._answered_ns = 0
+        self._answered: _Planned | None = None
 
     def start(self) -> None:
         self._on = True
-        self._profiled.profile(True)
+        if self._profiled is not None:
+            self._profiled.profile(True)
 
     def stop(self) -> list[Range]:
         self._on = False
+        if self._profiled is None:
+            return self._ranges
         self._profiled.profile(False)
         return self._ranges + self._profiled.take_ranges()
 
@@ -140,15 +151,23 @@ class Watch:
         self._num_prompt.update((admit.row, admit.num_prompt) for admit in plan.admit)
         # A row that is computed anew after it gave way begins at its prompt again.
         in_prompt = any(step.start < self._num_prompt[step.row] for step in plan.rows)
-        self._plan, self._phase = plan, PREFILL if in_prompt else DECODE
-        with self._profiled.ranged(self._phase):
+        tokens = sum(row.length + len(row.drafts) for row in plan.rows)
+        planned = _Planned(PREFILL if in_prompt else DECODE, len(plan.rows), tokens)
+        self._unanswered.append(planned)
+        with nullcontext() if self._profiled is None else self._profiled.ranged(planned.phase):
             self._submitted_ns = time.monotonic_ns()
             self._inner.submit(plan)
 
     def result(self) -> StepResult:
-        result = self._inner.result()
+        with self.range(WAIT) if self.depth > 1 else nullcontext():
+            result = self._inner.result()
         self._answered_ns = time.monotonic_ns()
+        self._answered = self._unanswered.popleft()
         return result
+
+    def reset(self) -> None:
+        self._unanswered.clear()
+        self._inner.reset()
 
     @contextmanager
     def range(self, name: str) -> Iterator[None]:
@@ -158,21 +177,22 @@ class Watch:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step of the engine."""
-        self._plan, self._answered_ns = None, 0
+        """Around a step of the engine. It counts as the step that it answers; where plans are answered later than they
+        are submitted, one that only submits counts as that."""
+        self._answered, self._submitted_ns = None, 0
         begin_ns = time.monotonic_ns()
         yield
         end_ns = time.monotonic_ns()
-        plan = self._plan
-        if plan is None:
+        answered = self._answered
+        if answered is None and not self._submitted_ns:
             self._keep(SCHEDULE, begin_ns, end_ns)
             return
-        self._keep(self._phase, begin_ns, end_ns)
-        self._keep(SCHEDULE, begin_ns, self._submitted_ns)
-        if self._answered_ns:
+        self._keep((answered or self._unanswered[-1]).phase, begin_ns, end_ns)
+        if self._submitted_ns:
+            self._keep(SCHEDULE, begin_ns, self._submitted_ns)
+        if answered is not None:
             self._keep(COMMIT, self._answered_ns, end_ns)
-        tokens = sum(row.length + len(row.drafts) for row in plan.rows)
-        self._steps.append(Step(self._phase, begin_ns, end_ns, len(plan.rows), tokens))
+            self._steps.append(Step(answered.phase, begin_ns, end_ns, answered.rows, answered.tokens))
 
     def _keep(self, name: str, begin_ns: int, end_ns: int) -> None:
         if self._on:

@@ -114,12 +114,18 @@ def _legend(profile: Profile) -> Iterator[str]:
         "answers only. schedule: the step is planned; gather: its arrays are made; commit: its tokens are taken over. "
         f"Self time of a step: what passes between these under no name; “{UNNAMED}”: outside of all ranges."
     )
-    yield (
-        "GB/s: a product's weights, read once a call; GFLOP/s: two operations for each multiply-add. A product is as "
-        "fast as it can be where one of them comes near what the machine has: of memory bandwidth with few rows "
-        "(decode), of arithmetic with many (prefill)."
-    )
-    if profile.config.backend == "torch":
+    if profile.config.device == "cuda":
+        yield (
+            "Two plans are in flight: a step launches one and waits for the one before it, under whose name it counts; "
+            "wait: for the GPU. What the GPU does meanwhile is for Nsight Systems to show."
+        )
+    else:
+        yield (
+            "GB/s: a product's weights, read once a call; GFLOP/s: two operations for each multiply-add. A product is "
+            "as fast as it can be where one of them comes near what the machine has: of memory bandwidth with few rows "
+            "(decode), of arithmetic with many (prefill)."
+        )
+    if (profile.config.backend, profile.config.device) == ("torch", "cpu"):
         yield (
             "Products count the rows of padding that torch computes, and the profile itself takes its time: compare "
             "ranges with each other, and runs with the run without the profile."

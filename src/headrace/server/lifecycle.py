@@ -86,6 +86,7 @@ class Server:
         found = opened.config
         return replace(
             self._config,
+            device=found.device,
             max_model_len=found.max_model_len,
             max_num_seqs=found.max_num_seqs,
             max_num_batched_tokens=found.max_num_batched_tokens,
@@ -99,7 +100,7 @@ class Server:
             config.max_model_len,
             settings.metrics_as,
             {"block_size": str(config.block_size), "num_gpu_blocks": str(config.num_blocks)},
-            Energy(find_meters(cuda=False), settings.price_per_kwh),
+            Energy(find_meters(cuda=config.device == "cuda"), settings.price_per_kwh),
         )
 
     def _listen(self) -> socket.socket:

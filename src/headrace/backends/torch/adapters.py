@@ -8,7 +8,7 @@ T: rows of x, K: columns, R: ranks of all layers that share a product, N: output
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ from headrace.weights.qtensor import QTensor
 SMALL_PRODUCT = 16**3
 """Multiplications up to which torch may choose another kernel."""
 NONE = -1
+Product = Callable[[Tensor, Tensor], Tensor]
+"""x (M, K), weight (N, K) -> (M, N)"""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,25 +52,30 @@ class Group:
 class RowAdapters:
     """Which adapter each row of x has. Rows of x after these are padding."""
 
-    def __init__(self, names: Sequence[str], which_T: NDArray[np.int64], row_multiple: int) -> None:
+    def __init__(
+        self, names: Sequence[str], which_T: NDArray[np.int64], row_multiple: int, device: torch.device = CPU
+    ) -> None:
         """`which_T`: a place in `names` for each row, or NONE."""
+        self._device = device
         self._names = names
         self._which_T = which_T
         self._row_multiple = row_multiple
         self._groups: list[Group] | None = None
 
     @classmethod
-    def of_spans(cls, spans: Sequence[str], lengths: NDArray[np.int64], row_multiple: int) -> RowAdapters | None:
+    def of_spans(
+        cls, spans: Sequence[str], lengths: NDArray[np.int64], row_multiple: int, device: torch.device = CPU
+    ) -> RowAdapters | None:
         """From the adapter of each span and its number of rows; None where no span has one."""
         names = sorted(set(spans) - {""})
         if not names:
             return None
         which = np.array([names.index(name) if name else NONE for name in spans], np.int64)
-        return cls(names, np.repeat(which, lengths), row_multiple)
+        return cls(names, np.repeat(which, lengths), row_multiple, device)
 
     def take(self, rows: NDArray[np.int64]) -> RowAdapters:
         """Of rows that were gathered."""
-        return RowAdapters(self._names, self._which_T[rows], self._row_multiple)
+        return RowAdapters(self._names, self._which_T[rows], self._row_multiple, self._device)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -77,11 +85,12 @@ class RowAdapters:
 
     def _group(self, index: int) -> Group:
         rows = np.flatnonzero(self._which_T == index)
+        places = torch.from_numpy(rows).to(self._device)
         if len(rows) == len(self._which_T):
-            return Group(self._names[index], torch.from_numpy(rows), None)
+            return Group(self._names[index], places, None)
         missing = -len(rows) % self._row_multiple
         filled = np.concatenate((rows, np.full(missing, rows[0])))
-        return Group(self._names[index], torch.from_numpy(rows), torch.from_numpy(filled))
+        return Group(self._names[index], places, torch.from_numpy(filled).to(self._device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,10 +111,10 @@ class Delta:
     """(R, K) of all its layers, under one another; layers that were one in the adapter share their rows."""
     parts: Sequence[Part]
 
-    def add_to(self, y_TN: Tensor, x_TK: Tensor, group: Group) -> None:
-        inner = functional.linear(group.gather(x_TK), self.a)
+    def add_to(self, y_TN: Tensor, x_TK: Tensor, group: Group, product: Product = functional.linear) -> None:
+        inner = product(group.gather(x_TK), self.a)
         for part in self.parts:
-            group.add(functional.linear(inner[:, part.ranks], part.b), y_TN[:, part.outputs])
+            group.add(product(inner[:, part.ranks], part.b), y_TN[:, part.outputs])
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +131,7 @@ class Place:
     shape: tuple[int, int]
     """(N, K)"""
     dtype: torch.dtype
+    device: torch.device
 
 
 def load_adapter(adapter: Adapter, places: Mapping[str, Place], row_multiple: int) -> int:
@@ -148,7 +158,7 @@ def load_adapter(adapter: Adapter, places: Mapping[str, Place], row_multiple: in
 
 def _delta(layers: Sequence[tuple[Place, LowRank]], row_multiple: int, whose: str) -> Delta:
     """The layers of one product."""
-    dtype = layers[0][0].dtype
+    dtype, device = layers[0][0].dtype, layers[0][0].device
     stacked: dict[int, tuple[QTensor, slice]] = {}
     parts = []
     for place, low in layers:
@@ -161,11 +171,11 @@ def _delta(layers: Sequence[tuple[Place, LowRank]], row_multiple: int, whose: st
         b_NR[:, :rank] = _float32(low.b) * low.scale
         if not b_NR.isfinite().all():
             raise UnsupportedModel(f"{whose}: scale × B is too large for {str(dtype).removeprefix('torch.')}")
-        parts.append(Part(ranks, slice(place.start, place.start + rows), b_NR))
+        parts.append(Part(ranks, slice(place.start, place.start + rows), b_NR.to(device)))
     a_RK = torch.zeros(max(part.ranks.stop for part in parts), layers[0][0].shape[1], dtype=dtype)
     for a, ranks in stacked.values():
         a_RK[ranks.start : ranks.start + a.shape[0]] = _float32(a)
-    return Delta(a_RK, parts)
+    return Delta(a_RK.to(device), parts)
 
 
 def _padded_rank(a: QTensor, layers: Sequence[tuple[Place, LowRank]], row_multiple: int) -> int:

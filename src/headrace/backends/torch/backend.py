@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from headrace.backends.base import BackendOptions
 from headrace.backends.ranges import GATHER, HEAD, SAMPLE, Range
-from headrace.backends.rows import Batch, RequestTable
-from headrace.backends.sampling import F32, NOT_FINITE, Position, Sampled, code_and_message, sample, score
-from headrace.backends.torch import ops
+from headrace.backends.rows import Batch, IntArray, RequestTable
+from headrace.backends.sampling import F32, Position, code_and_message, sample
+from headrace.backends.torch import answers, ops
 from headrace.backends.torch.attention import TILE
 from headrace.backends.torch.kvstore import KVStore
-from headrace.backends.torch.model import Decoder, States
+from headrace.backends.torch.model import Decoder
 from headrace.backends.torch.ranges import Ranges
-from headrace.core.errors import ConfigError, EngineError, NonFiniteLogits, OutOfMemory, UnsupportedModel, shorten
+from headrace.core.errors import ConfigError, EngineError, OutOfMemory, UnsupportedModel, shorten
 from headrace.core.spec import ModelSpec
-from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult, TokenLogprobs
+from headrace.core.types import Capacity, RowError, RowOut, RowStep, StepPlan, StepResult
 from headrace.parallel.mesh import Mesh
 from headrace.weights.lora import Adapter
 from headrace.weights.qtensor import QTensor
@@ -32,10 +30,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-SCORED_ROWS = 64
-"""Prompt tokens whose logits are there at one time."""
 
 
 class Loaded:
@@ -187,7 +181,7 @@ class TorchBackend:
             "adapters": loaded.decoder.adapter_bytes,
             "kv_cache": loaded.store.nbytes,
             "encoder_cache": 0 if vision is None else vision.cache.max_bytes,
-            "workspace": 4 * max(loaded.options.max_rows, SCORED_ROWS) * loaded.decoder.spec.vocab_size,
+            "workspace": 4 * max(loaded.options.max_rows, answers.SCORED_ROWS) * loaded.decoder.spec.vocab_size,
         }
 
     def close(self) -> None:
@@ -213,7 +207,13 @@ class TorchBackend:
             states = loaded.decoder.states(batch, loaded.store, self.query_tile)
             with loaded.ranged(HEAD):
                 logits_PV: F32 = loaded.decoder.logits(states, batch.logit_positions).numpy()
-            scores = [_scores(loaded, step, int(batch.starts[i]), states) for i, step in enumerate(steps)]
+
+            def logits_of(places: IntArray) -> F32:
+                return loaded.decoder.logits(states, places).numpy()
+
+            scores = [
+                answers.scores(loaded.table, step, int(batch.starts[i]), logits_of) for i, step in enumerate(steps)
+            ]
         except Exception as error:  # the row at fault gets it as data
             if len(steps) == 1 and steps[0].drafts:
                 return [self._run_without_drafts(loaded, steps[0], seconds)]
@@ -224,7 +224,7 @@ class TorchBackend:
         computed = time.perf_counter()
         with loaded.ranged(SAMPLE):
             outs = _sample(loaded, steps, batch, logits_PV)
-        outs = [_with_scores(out, mine) for out, mine in zip(outs, scores, strict=True)]
+        outs = [answers.with_scores(out, mine) for out, mine in zip(outs, scores, strict=True)]
         seconds["prepare"] += prepared - began
         seconds["forward"] += computed - prepared
         seconds["sample"] += time.perf_counter() - computed
@@ -237,7 +237,7 @@ class TorchBackend:
         """A draft is a guess: one that makes its row fail (its NaN reaches the whole span) must not end the request."""
         first = step.start + step.length
         loaded.store.zero_slots(torch.from_numpy(loaded.table.slots(step.row, first, first + len(step.drafts))))
-        return self._run(loaded, [replace(step, drafts=(), mask=_masks(step)[0])], seconds)[0]
+        return self._run(loaded, [replace(step, drafts=(), mask=answers.masks(step)[0])], seconds)[0]
 
 
 def _explain_images(loaded: Loaded) -> str:
@@ -273,7 +273,7 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
             wanted = 1 + len(step.drafts)
             stop = int(batch.logit_starts[i] + batch.logit_counts[i])
             places += range(stop - wanted, stop)
-            positions += _positions(loaded, step)
+            positions += answers.positions(loaded.table, step)
     whole = len(places) == len(logits_PV)
     sampled = iter(sample(logits_PV if whole else logits_PV[places], positions))
     outs = []
@@ -281,7 +281,7 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
         mine = [next(sampled) for _ in range(1 + len(step.drafts))] if step.sample else []
         first = int(batch.logit_starts[i])
         raw = logits_PV[first : first + int(batch.logit_counts[i])].copy() if step.logits else None
-        out = _row_out(step, mine, raw)
+        out = answers.row_out(step, mine, raw)
         if out.error is None and step.sample:
             loaded.table.append(step.row, out.tokens)
         if out.error is None and out.accepted < len(step.drafts):
@@ -291,66 +291,3 @@ def _sample(loaded: Loaded, steps: Sequence[RowStep], batch: Batch, logits_PV: F
             loaded.store.zero_slots(torch.from_numpy(batch.slots[place:stop]))
         outs.append(out)
     return outs
-
-
-def _scores(loaded: Loaded, step: RowStep, first: int, states: States) -> tuple[TokenLogprobs, ...] | NonFiniteLogits:
-    """Log-probabilities of the prompt tokens that follow those of the span, whose first has the place `first`. A few
-    rows of logits at a time: a whole prompt's may be larger than the model."""
-    if not step.score_prompt:
-        return ()
-    row = loaded.table.row(step.row).sampling
-    stop = min(step.start + step.length, row.num_prompt - 1)
-    tokens = loaded.table.token_ids(step.row, stop + 1)[step.start + 1 :].tolist()
-    scores: list[TokenLogprobs] = []
-    for start in range(0, len(tokens), SCORED_ROWS):
-        part = tokens[start : start + SCORED_ROWS]
-        logits_PV: F32 = loaded.decoder.logits(states, first + start + np.arange(len(part))).numpy()
-        try:
-            scores += score(logits_PV, part, row.sampling.prompt_logprobs or 0)
-        except NonFiniteLogits as error:
-            return error
-    return tuple(scores)
-
-
-def _with_scores(out: RowOut, scores: tuple[TokenLogprobs, ...] | NonFiniteLogits) -> RowOut:
-    if out.error is not None:
-        return out
-    if isinstance(scores, NonFiniteLogits):
-        return RowOut(out.row, error=RowError(scores.code, str(scores)))
-    return replace(out, prompt_logprobs=scores)
-
-
-def _positions(loaded: Loaded, step: RowStep) -> list[Position]:
-    """A mask holds one vocabulary's bits for each position: after the known tokens, then after each draft."""
-    row = loaded.table.row(step.row).sampling
-    known = loaded.table.token_ids(step.row, step.start + step.length)
-    tokens = np.concatenate((known, np.array(step.drafts, np.int64))) if step.drafts else known
-    return [Position(row, tokens[: len(known) + i], mask) for i, mask in enumerate(_masks(step))]
-
-
-def _masks(step: RowStep) -> Sequence[bytes | None]:
-    wanted = 1 + len(step.drafts)
-    if step.mask is None:
-        return [None] * wanted
-    packed = step.mask if isinstance(step.mask, bytes) else b""
-    size = math.ceil(len(packed) / wanted)
-    return [packed[i * size : (i + 1) * size] for i in range(wanted)]
-
-
-def _row_out(step: RowStep, sampled: Sequence[Sampled | RowError], raw: F32 | None) -> RowOut:
-    """Drafts are kept while each is the token that was sampled before it."""
-    tokens: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    accepted = 0
-    for i, one in enumerate(sampled):
-        if isinstance(one, RowError):
-            return RowOut(step.row, error=one)
-        tokens.append(one.token)
-        if one.logprobs is not None:
-            logprobs.append(one.logprobs)
-        if i == len(step.drafts) or one.token != step.drafts[i]:
-            break
-        accepted += 1
-    if raw is not None and not step.sample and not np.isfinite(raw).all():
-        return RowOut(step.row, error=RowError(NonFiniteLogits.code, NOT_FINITE))
-    return RowOut(step.row, tuple(tokens), accepted, tuple(logprobs), None, raw)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.backends.torch.adapters import Place
-from headrace.backends.torch.layers import Attention, GatedMlp, Mlp, Parallel, PlainMlp, Sequential, after, as_is
+from headrace.backends.torch.layers import Attention, GatedMlp, Parallel, PlainMlp, Sequential, after, as_is
 from headrace.backends.torch.moe import Experts
 from headrace.backends.torch.parameters import Linear, Norm, Slots
 from headrace.backends.torch.vision.images import Vision
-from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from headrace.core.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
 from headrace.models.names import EMBED, FINAL_NORM, HEAD
 from headrace.models.names import layer as name_in_layer
 
@@ -53,7 +54,8 @@ class Parts:
     """A model whose weights are still to come."""
 
     embedding: Tensor
-    layers: Sequence[Sequential | Parallel]
+    layers: Sequence[Any]
+    """Of the kit: a `Layer`, or `gpu.layers.Sequential` and its like."""
     final_norm: Norm
     head: Linear
     kinds: Kinds
@@ -62,9 +64,21 @@ class Parts:
     vision: Vision | None
 
 
-def build(spec: ModelSpec, slots: Slots, row_multiple: int, image_cache_bytes: int) -> Parts:
-    """Every part of the model, each weight a view in `slots`. `row_multiple`: see `ops.row_multiple`."""
-    builder = Builder(slots, spec.hidden_size, row_multiple)
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What layers are made of: on a CPU `PLAIN`, on a GPU that of `gpu/layers.py`, with the same fields."""
+
+    sequential: Callable[..., Any]
+    parallel: Callable[..., Any]
+    attention: Callable[..., Any]
+    gated_mlp: Callable[..., Any]
+    plain_mlp: Callable[..., Any]
+    experts: Callable[[Builder, int, MlpSpec, MoeSpec], Any]
+
+
+def build(spec: ModelSpec, slots: Slots, kit: Kit, row_multiple: int, image_cache_bytes: int) -> Parts:
+    """Every part of the model, each weight to come through `slots`. `row_multiple`: see `ops.row_multiple`."""
+    builder = Builder(slots, kit, spec.hidden_size, row_multiple)
     embedding = slots.tensor(EMBED, spec.vocab_size, spec.hidden_size)
     layers = [builder.layer(index, layer_spec) for index, layer_spec in enumerate(spec.layers)]
     final_norm = slots.norm(FINAL_NORM, spec.final_norm)
@@ -82,18 +96,19 @@ class Builder:
     """Makes layers whose weights are filled later, through `slots`."""
 
     slots: Slots
+    kit: Kit
     hidden_size: int
     row_multiple: int
     kinds: Kinds = field(default_factory=Kinds)
 
-    def layer(self, index: int, spec: LayerSpec) -> Sequential | Parallel:
+    def layer(self, index: int, spec: LayerSpec) -> Any:
         norms = spec.norms
         attention = self._attention(index, spec.attention)
         mlp = self._mlp(index, spec.mlp)
         pre_attn = self._norm(index, "norms.pre_attn", norms.pre_attn) or as_is
         if spec.parallel:
-            return Parallel(pre_attn, attention, mlp, after(None, spec.residual_scale))
-        return Sequential(
+            return self.kit.parallel(pre_attn, attention, mlp, after(None, spec.residual_scale))
+        return self.kit.sequential(
             pre_attn=pre_attn,
             attention=attention,
             after_attn=after(self._norm(index, "norms.post_attn", norms.post_attn), spec.residual_scale),
@@ -102,10 +117,10 @@ class Builder:
             after_mlp=after(self._norm(index, "norms.post_mlp", norms.post_mlp), spec.residual_scale),
         )
 
-    def _attention(self, index: int, spec: AttentionSpec) -> Attention:
+    def _attention(self, index: int, spec: AttentionSpec) -> Any:
         q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         qkv = {"attn.q": q_rows, "attn.k": kv_rows, "attn.v": kv_rows}
-        return Attention(
+        return self.kit.attention(
             spec=spec,
             layer=index,
             meeting=self.kinds.meeting(spec),
@@ -116,27 +131,41 @@ class Builder:
             o=self._linear(index, {"attn.o": self.hidden_size}, q_rows, spec.o_bias),
         )
 
-    def _mlp(self, index: int, spec: MlpSpec) -> Mlp:
-        if spec.experts is None:
-            return self._dense_mlp(index, "mlp", spec, spec.intermediate)
-        count, inner = spec.experts.num_experts, spec.experts.intermediate
-        router = {name_in_layer(index, "mlp.router"): count}
-        return Experts(
-            spec=spec.experts,
-            router=self.slots.linear(router, self.hidden_size, bias=False, dtype=torch.float32),
-            experts=[self._dense_mlp(index, f"mlp.experts.{expert}", spec, inner) for expert in range(count)],
-            row_multiple=self.row_multiple,
-        )
+    def _mlp(self, index: int, spec: MlpSpec) -> Any:
+        if spec.experts is not None:
+            return self.kit.experts(self, index, spec, spec.experts)
+        return self.dense_mlp(index, "mlp", spec, spec.intermediate)
 
-    def _dense_mlp(self, index: int, part: str, spec: MlpSpec, inner: int) -> Mlp:
+    def dense_mlp(self, index: int, part: str, spec: MlpSpec, inner: int) -> Any:
         down = self._linear(index, {f"{part}.down": self.hidden_size}, inner, spec.bias)
         if spec.gated:
             gate_up = self._linear(index, {f"{part}.gate": inner, f"{part}.up": inner}, self.hidden_size, spec.bias)
-            return GatedMlp(gate_up, down, spec.activation)
-        return PlainMlp(self._linear(index, {f"{part}.up": inner}, self.hidden_size, spec.bias), down, spec.activation)
+            return self.kit.gated_mlp(gate_up, down, spec.activation)
+        up = self._linear(index, {f"{part}.up": inner}, self.hidden_size, spec.bias)
+        return self.kit.plain_mlp(up, down, spec.activation)
+
+    def router(self, index: int, count: int) -> Linear:
+        """float32 in every type: which experts are chosen must not hang on a rounding."""
+        names = {name_in_layer(index, "mlp.router"): count}
+        return self.slots.linear(names, self.hidden_size, bias=False, dtype=torch.float32)
 
     def _linear(self, index: int, parts: Mapping[str, int], width: int, bias: bool) -> Linear:
         return self.slots.linear({name_in_layer(index, part): rows for part, rows in parts.items()}, width, bias)
 
     def _norm(self, index: int, part: str, spec: NormSpec | None) -> Norm | None:
         return None if spec is None else self.slots.norm(name_in_layer(index, part), spec)
+
+
+def _experts(builder: Builder, index: int, mlp: MlpSpec, spec: MoeSpec) -> Experts:
+    return Experts(
+        spec=spec,
+        router=builder.router(index, spec.num_experts),
+        experts=[
+            builder.dense_mlp(index, f"mlp.experts.{expert}", mlp, spec.intermediate)
+            for expert in range(spec.num_experts)
+        ],
+        row_multiple=builder.row_multiple,
+    )
+
+
+PLAIN = Kit(Sequential, Parallel, Attention, GatedMlp, PlainMlp, _experts)

@@ -16,7 +16,7 @@ from headrace.backends.support import refuse_unsupported
 from headrace.backends.torch import ops
 from headrace.backends.torch.adapters import RowAdapters, load_adapter
 from headrace.backends.torch.attention import TILE, Meeting, meeting
-from headrace.backends.torch.build import build
+from headrace.backends.torch.build import PLAIN, build
 from headrace.backends.torch.kvstore import KVStore
 from headrace.backends.torch.layers import Layer, Step
 from headrace.backends.torch.parameters import Slots
@@ -54,7 +54,7 @@ class Decoder:
         self.spec = spec
         self._row_multiple = row_multiple
         slots = Slots(dtype)
-        parts = build(spec, slots, row_multiple, image_cache_bytes)
+        parts = build(spec, slots, PLAIN, row_multiple, image_cache_bytes)
         self._embedding, self._final_norm, self._head = parts.embedding, parts.final_norm, parts.head
         self._built: Sequence[Layer] = parts.layers
         self._layers: Sequence[Layer] = self._built

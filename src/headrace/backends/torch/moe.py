@@ -30,7 +30,6 @@ class Experts:
 
     spec: MoeSpec
     router: Linear
-    """float32 in every type: which experts are chosen must not hang on a rounding."""
     experts: Sequence[Mlp]
     row_multiple: int
 

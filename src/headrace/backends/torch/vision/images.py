@@ -33,6 +33,7 @@ class Vision:
         self.cache = EncoderCache(cache_bytes)
         self._hidden_size = hidden_size
         self._dtype = slots.dtype
+        self._device = slots.device
         self.encoder = Encoder(spec.encoder, slots)
         self.projector = Projector(spec.projector, hidden_size, slots)
 
@@ -51,21 +52,28 @@ class Vision:
         # Those that are there first: what the others bring may push them out.
         for image_hash in sorted(by_hash, key=lambda one: one not in self.cache):
             parts = by_hash[image_hash]
-            rows = self.cache.get(image_hash)
-            if rows is None:
-                rows = self.encode(parts[0].image)
-                self.cache.put(image_hash, rows)
+            known = image_hash in self.cache
+            rows = self.rows(parts[0].image)
+            if not known:
                 self.cache.trim(batch.unfinished_images)
             _put(rows, parts, hidden_TH)
+
+    def rows(self, image: ImageSpan) -> Tensor:
+        """(tiles × tokens, hidden size), out of the cache or into it. Raises EngineError."""
+        rows = self.cache.get(image.hash)
+        if rows is None:
+            rows = self.encode(image)
+            self.cache.put(image.hash, rows)
+        return rows
 
     @torch.inference_mode()
     def encode(self, image: ImageSpan) -> Tensor:
         """(tiles × tokens, hidden size). Raises EngineError."""
         tokens = self.spec.projector.tokens
         tiles = _tiles(image, self.spec.tiling)
-        rows = torch.empty(len(tiles) * tokens, self._hidden_size, dtype=self._dtype)
+        rows = torch.empty(len(tiles) * tokens, self._hidden_size, dtype=self._dtype, device=self._device)
         for index, one in enumerate(tiles):
-            pixels = torch.from_numpy(_normalised(one, image, self.spec.tiling))
+            pixels = torch.from_numpy(_normalised(one, image, self.spec.tiling)).to(self._device)
             rows[index * tokens : (index + 1) * tokens] = self.projector(self.encoder(pixels))
         return rows
 
@@ -75,7 +83,7 @@ def _put(rows: Tensor, parts: Sequence[ImagePart], hidden_TH: Tensor) -> None:
         stop = part.first + len(part.places)
         if stop > len(rows):
             raise EngineError(f"image {shorten(part.image.hash)} has {len(rows)} rows, the prompt has places for more")
-        hidden_TH.index_copy_(0, torch.from_numpy(part.places), rows[part.first : stop])
+        hidden_TH.index_copy_(0, torch.from_numpy(part.places).to(hidden_TH.device), rows[part.first : stop])
 
 
 def _tiles(image: ImageSpan, tiling: TilingSpec) -> NDArray[np.generic]:

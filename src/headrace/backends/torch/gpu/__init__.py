@@ -1,0 +1,1 @@
+"""The torch backend on an NVIDIA GPU: two plans in flight, decode steps as CUDA graphs."""
