@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from contextlib import closing
@@ -40,7 +41,11 @@ METHODS = (
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_vision_checkpoint(tmp_path_factory.mktemp("models") / "seeing", "internvl_300m_hf")
+    path = tiny_vision_checkpoint(tmp_path_factory.mktemp("models") / "seeing", "internvl_300m_hf")
+    # What writes it imports hundreds of thousands of objects: no run need look through them for garbage.
+    gc.collect()
+    gc.freeze()
+    return path
 
 
 def told(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from headrace.weights.qtensor import QTensor
 MARGIN = 0.25
 EPSILON = Epsilon(0.01, 64, "two planted orders")
 REASONS = {"threads": "as set"}
+CONFIG = ResolvedConfig(
+    "torch", "bfloat16", "none", "bfloat16", "auto", 2, "fused", 16, 64, 512, 32, 512, False, REASONS
+)
 OUTPUTS = ((5, 6, 7, 8), (9, 10, 11))
 
 Outputs = Sequence[tuple[int, ...]]
@@ -78,7 +82,7 @@ def comparison(
         bound=batching_bound([len(output) for output in base.outputs]),
         margins=tuple((MARGIN,) * len(output) for output in base.outputs),
         epsilon=EPSILON,
-        one_scoring=False,
+        reference=replace(CONFIG, dtype="float32", kv_dtype="float32"),
         wishes=Wishes(),
         load_s=1.5,
         repeats=len(runs["serial"]),
@@ -86,9 +90,7 @@ def comparison(
         model="/models/planted.gguf",
         model_name="planted.gguf",
         fingerprint="ab" * 32,
-        config=ResolvedConfig(
-            "torch", "bfloat16", "none", "bfloat16", "auto", 2, "fused", 16, 64, 512, 32, 512, False, REASONS
-        ),
+        config=CONFIG,
         machine=Machine("a CPU", 2, 2**33, "Linux x86_64", "3.11", {"numpy": "2"}),
         measured_at="2026-01-01T00:00:00+00:00",
     )

@@ -12,13 +12,13 @@ import pytest
 
 from headrace.compare.advice import advice_of, model_text
 from headrace.compare.document import document
-from headrace.compare.files import ReportFile
 from headrace.compare.questions import TEXT4
 from headrace.compare.report import page
-from headrace.compare.score import CHUNK, Known, is_reference, kl_divergence, margins, plans, reference_of, score
+from headrace.compare.score import CHUNK, Known, kl_divergence, margins, plans, reference_of, score
 from headrace.compare.verdict import LOSSLESS_MEAN_KL, first_difference, percent, same_arithmetic, same_model
 from headrace.core.errors import EngineError, InvalidParameter
 from headrace.core.resolve import precision_text
+from headrace.pages.files import ReportFile
 from tests.unit.compare_cases import MARGIN, OUTPUTS, TableBackend, comparison, outcome, scored, workload
 
 VOCAB = 61
@@ -157,7 +157,7 @@ class TestScore:
         self, planted, backend: str, dtype: str, quant: str, kv_dtype: str, precision: str
     ) -> None:
         config = replace(planted.config, backend=backend, dtype=dtype, quant=quant, kv_dtype=kv_dtype)
-        assert not is_reference(config) and is_reference(reference_of(config))
+        assert config != reference_of(config) == reference_of(reference_of(config))
         reference = reference_of(config)
         assert (reference.backend, reference.dtype, reference.quant) == (backend, "float32", "none")
         assert reference.kv_dtype == "float32" and reference.block_size == config.block_size

@@ -28,9 +28,9 @@ from headrace.compare.certificate import (
 )
 from headrace.compare.certificate_reader import read_certificate
 from headrace.compare.check import CheckResult, Kind, changed_parts, check, conclusion, engine_settings, show
-from headrace.compare.table import console
 from headrace.compare.verdict import Verdict
 from headrace.core.errors import InputFileError, RequestError
+from headrace.pages.terminal import console
 from headrace.testing.checkpoints import tiny_checkpoint
 from tests.unit.certificate_cases import make, open_tiny, three_prompts
 

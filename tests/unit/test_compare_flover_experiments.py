@@ -12,7 +12,6 @@ from functools import cache
 import pytest
 from rich.console import Console
 
-from headrace.compare.chart_axes import NARROW, WIDE
 from headrace.compare.flover import published
 from headrace.compare.flover.experiments import run_experiment
 from headrace.compare.flover.plan import (
@@ -31,6 +30,7 @@ from headrace.compare.flover.render import csv_files, document, section, show
 from headrace.compare.flover.results import Result, at_most
 from headrace.compare.methods import Method
 from headrace.core.errors import EngineError, InvalidParameter
+from headrace.pages.chart_axes import NARROW, WIDE
 from tests.unit.compare_flover_cases import (
     ROW_S,
     STEP_S,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from headrace.compare.files import ReportFile
 from headrace.compare.pictures import picture
 from headrace.compare.workload_spec import WorkloadOptions, read_workload, write_manifest
 from headrace.core.errors import InputFileError
 from headrace.engine.model import OpenModel
+from headrace.pages.files import ReportFile
 from headrace.testing.checkpoints import tiny_checkpoint
 from headrace.testing.vision_checkpoints import tiny_vision_checkpoint
 from tests.unit.certificate_cases import open_tiny

@@ -19,7 +19,6 @@ from PIL import Image, ImageChops, ImageStat
 
 from headrace.compare.certificate_reader import read_certificate
 from headrace.compare.check import changed_parts
-from headrace.compare.files import ReportFile
 from headrace.compare.methods.bench import Bench
 from headrace.compare.methods.outside import make_outside
 from headrace.compare.methods.rows import Row, _admit, open_answers
@@ -39,6 +38,7 @@ from headrace.core.errors import (
 )
 from headrace.core.types import ImageSpan
 from headrace.engine.model import OpenModel
+from headrace.pages.files import ReportFile
 from headrace.testing.checkpoints import tiny_checkpoint
 from headrace.testing.vision_checkpoints import tiny_vision_checkpoint
 from tests.unit.certificate_cases import make, open_tiny

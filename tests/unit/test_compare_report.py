@@ -22,7 +22,6 @@ from headrace.compare import study
 from headrace.compare.advice import advise
 from headrace.compare.cells import range_text, seconds_text
 from headrace.compare.certificate import tokens_sha256
-from headrace.compare.chart_axes import NARROW, WIDE, Axis, fitted, from_zero, short_text, text_width
 from headrace.compare.charts import Measured, Quantiles, ratio_chart, seconds_chart, strip_chart
 from headrace.compare.csv_files import COLUMNS, INDEX, CsvFolder
 from headrace.compare.curves import (
@@ -42,8 +41,10 @@ from headrace.compare.figures import Spread
 from headrace.compare.methods import Iteration, Outcome, RequestRun
 from headrace.compare.report import page
 from headrace.compare.runner import Comparison, Failure
-from headrace.compare.table import console, show, show_written
+from headrace.compare.table import show
 from headrace.core.errors import InvalidParameter
+from headrace.pages.chart_axes import NARROW, WIDE, Axis, fitted, from_zero, short_text, text_width
+from headrace.pages.terminal import console, show_written
 from tests.unit.compare_cases import MARGIN, OUTPUTS, comparison, outcome
 
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31mred\x00 [bold]no markup[/bold]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from headrace.compare import resources
 from headrace.compare.figures import TOO_SHORT, run_joules
 from headrace.compare.measure import run_rounds
 from headrace.compare.methods import Outcome
-from headrace.compare.resources import counting, idle_floor, reset_peak_rss, run_measured
+from headrace.compare.resources import counting, cpu_seconds, idle_floor, reset_peak_rss, run_measured
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
 from headrace.core.errors import EngineError, HeadraceError, InvalidParameter
@@ -57,10 +56,16 @@ class Working(PlantedMethod):
 
 
 def burn() -> None:
-    """A twentieth of a second of this process's time, however long that takes."""
-    began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    while resource.getrusage(resource.RUSAGE_SELF).ru_utime - began < 0.05:
+    """A twentieth of a second of this process's time, however long that takes. The user's part of it alone is an
+    estimate by ticks, which may stand still for a second in a process that has run for long."""
+    began = cpu_seconds()
+    while cpu_seconds() - began < 0.05:
         sum(range(1000))
+
+
+def pause() -> None:
+    """Enough for a meter to move."""
+    time.sleep(0.001)
 
 
 def measured(method: PlantedMethod, meters: Sequence[Steady] = ()) -> Outcome:
@@ -91,9 +96,9 @@ class TestRunMeasured:
 
     def test_a_run_too_short_for_the_meter_is_labelled(self) -> None:
         for source, shortest in resources.SHORTEST_S.items():
-            short = measured(Working("fused", burn, outcome(OUTPUTS, shortest * 0.9)), [Steady(5.0, source)])
+            short = measured(Working("fused", pause, outcome(OUTPUTS, shortest * 0.9)), [Steady(5.0, source)])
             assert list(short.joules) == [source + TOO_SHORT] and run_joules(short) is None
-            long = measured(Working("fused", burn, outcome(OUTPUTS, shortest)), [Steady(5.0, source)])
+            long = measured(Working("fused", pause, outcome(OUTPUTS, shortest)), [Steady(5.0, source)])
             assert list(long.joules) == [source]
 
     def test_a_meter_that_stands_still_has_not_measured_nothing(self) -> None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from headrace.compare.arrivals import MAX_SECONDS, ConstantGap, generator
-from headrace.compare.files import ReportFile
 from headrace.compare.questions import TEXT4
 from headrace.compare.synthetic import Uniform, ordinary_ids, random_prompt, synthetic
 from headrace.compare.traffic import ANSWERS, DEFAULT_MAX_TOKENS, PROMPTS, TIMES, read_traffic
@@ -26,6 +25,7 @@ from headrace.compare.workloads import Workload, from_manifest
 from headrace.core.config import EngineConfig
 from headrace.core.errors import HeadraceError, InputFileError, InvalidParameter, UnsupportedParameter
 from headrace.engine.model import OpenModel
+from headrace.pages.files import ReportFile
 
 pytestmark = pytest.mark.demo
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from headrace.compare.advice import Advice
     from headrace.compare.certificate_reader import Certificate
     from headrace.compare.csv_files import CsvFolder
-    from headrace.compare.files import ReportFile
     from headrace.compare.peer_setup import PeerCache
     from headrace.compare.runner import Comparison, Outside, Wishes
     from headrace.engine.model import OpenModel
+    from headrace.pages.files import ReportFile
 
 MAX_REPEATS = 1000
 METHODS = "serial,dataloader,threads,fused"
@@ -142,7 +142,7 @@ class Files:
     def of(cls, arguments: argparse.Namespace) -> Files:
         """Raises InvalidParameter."""
         from headrace.compare.csv_files import CsvFolder
-        from headrace.compare.files import ReportFile
+        from headrace.pages.files import ReportFile
 
         kinds = ("json", "html", "manifest", "certificate")
         paths = {kind: path for kind in kinds if (path := getattr(arguments, kind)) is not None}
@@ -228,6 +228,7 @@ def rates_of(text: str | None) -> tuple[float, float] | None:
 
 def study(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     """The comparison."""
+    from headrace.cli.remember import remember
     from headrace.compare.methods import with_base
     from headrace.compare.workload_spec import WorkloadOptions
 
@@ -238,16 +239,17 @@ def study(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     from headrace.compare.advice import advice_of
     from headrace.compare.progress import progress_line
     from headrace.compare.runner import compare, find_break_even
-    from headrace.compare.table import console, show
+    from headrace.compare.table import show
     from headrace.compare.workload_spec import read_workload, write_manifest
     from headrace.engine.energy import find_meters
+    from headrace.pages.terminal import console
 
     opened = open_model(arguments)
     with closing(opened), progress_line() as progress:
         workload = read_workload(arguments.workload, opened, options)
         if "manifest" in files.one:
             write_manifest(workload, files.one["manifest"])
-        meters = find_meters(cuda=False)
+        meters = find_meters(cuda=opened.config.device == "cuda")
         comparison = compare(opened, workload, with_base(names), arguments.repeats, progress, wishes, outside, meters)
         advice = advice_of(comparison, arguments.model)
         if rates is not None:
@@ -260,6 +262,8 @@ def study(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     out = console()
     show(comparison, advice, out)
     tell_written([*written, *(file.path for kind, file in files.one.items() if kind == "manifest")])
+    if told := remember(comparison, arguments.model, os.environ):
+        print(told, file=sys.stderr)
     return 0
 
 
@@ -284,7 +288,7 @@ def write_reports(
 
 
 def tell_written(paths: Sequence[str]) -> None:
-    from headrace.compare.table import console, show_written
+    from headrace.pages.terminal import console, show_written
 
     out = console()
     for path in paths:
@@ -307,14 +311,14 @@ def flover(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     outside = outside_of(arguments)
 
     from headrace.compare.flover.experiments import run_experiment
-    from headrace.compare.flover.plan import requests_of
+    from headrace.compare.flover.plan import envelope, requests_of
     from headrace.compare.flover.render import csv_files, document, show
-    from headrace.compare.methods.bench import Bench
+    from headrace.compare.methods.bench import Bench, share_card
     from headrace.compare.methods.registry import is_outside, make_method
     from headrace.compare.progress import progress_line
     from headrace.compare.report import flover_page
     from headrace.compare.synthetic import ordinary_ids, random_prompt
-    from headrace.compare.table import console
+    from headrace.pages.terminal import console
 
     requests = requests_of(int(number))
     opened = open_model(arguments, max_num_seqs=requests)
@@ -322,6 +326,7 @@ def flover(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         ids = ordinary_ids(opened)
         seed = getattr(arguments, "seed", 0)
         prompts = [random_prompt(ids, 8, seed, index) for index in range(requests)]
+        share_card(opened, envelope(int(number), prompts, opened.limits.max_model_len))
         result = run_experiment(
             int(number),
             lambda name: make_method(name, bench, outside.peers, outside.api_key),
@@ -356,7 +361,7 @@ def live(arguments: argparse.Namespace) -> int:
     from headrace.compare.flover.published import DEMO_LENGTHS
     from headrace.compare.methods.bench import Bench
     from headrace.compare.synthetic import ordinary_ids, random_prompt
-    from headrace.compare.table import console
+    from headrace.pages.terminal import console
 
     out = console()
     if arguments.model == "picture":
@@ -379,7 +384,7 @@ def check(arguments: argparse.Namespace) -> int:
     from headrace.compare.check import engine_settings, show
     from headrace.compare.methods.registry import make_method
     from headrace.compare.progress import progress_line
-    from headrace.compare.table import console
+    from headrace.pages.terminal import console
 
     outside = outside_of(arguments)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from headrace.engine.hardware import ROOT, as_int, cpu_quota, memory_limit, read_text
+from headrace.engine.nvml import LIBRARY, Card, find_cards
 
 PACKAGES = ("numpy", "tokenizers", "jinja2", "rich", "huggingface_hub", "torch", "triton")
 FEATURES: Mapping[str, frozenset[str]] = {
@@ -32,10 +32,7 @@ FEATURES: Mapping[str, frozenset[str]] = {
 """Instruction set -> the flags of /proc/cpuinfo that together mean it."""
 X86 = ("avx2", "avx512", "vnni", "avx_vnni", "bf16", "amx")
 ARM = ("neon", "dotprod", "i8mm", "sve", "arm_bf16")
-GPU_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
-GPU_TIMEOUT_S = 10.0
 COMPILERS = ("c++", "g++", "clang++")
-MIB = 2**20
 MOST_FILES = 200_000
 
 
@@ -144,36 +141,20 @@ def disk_free(path: Path) -> int | None:
 # ---------------------------------------------------------------- GPUs and packages
 
 
-def gpus(command: str = "nvidia-smi") -> tuple[list[dict[str, object]], str | None]:
-    """(the NVIDIA GPUs, or why there are none)."""
-    found = shutil.which(command)
-    if found is None:
-        return [], "none found: no NVIDIA driver (nvidia-smi is not there)"
-    question = [found, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            question, capture_output=True, text=True, errors="replace", timeout=GPU_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return [], f"unknown: nvidia-smi gave no answer in {GPU_TIMEOUT_S:.0f} s"
-    except OSError as error:
-        return [], f"unknown: nvidia-smi cannot be started: {error.strerror or error}"
-    if done.returncode:
-        words = " ".join((done.stdout + done.stderr).split())[:200]
-        return [], f"none usable: nvidia-smi ended with {done.returncode}: {words}"
-    cards = [_card(line) for line in done.stdout.splitlines() if line.count(",") >= len(GPU_FIELDS) - 1]
-    return cards, None if cards else "none found by nvidia-smi"
+def gpus(visible: str | None = None, library: str = LIBRARY) -> tuple[list[dict[str, object]], str | None]:
+    """(the NVIDIA GPUs that CUDA shows, or why there are none). `visible`: CUDA_VISIBLE_DEVICES, None: not set."""
+    cards, note = find_cards(library, visible)
+    return [_card(card) for card in cards], note
 
 
-def _card(line: str) -> dict[str, object]:
-    name, total, free, driver, capability = (part.strip() for part in line.rsplit(",", len(GPU_FIELDS) - 1))
-    total_mib, free_mib = as_int(total), as_int(free)
+def _card(card: Card) -> dict[str, object]:
     return {
-        "name": name,
-        "memory_total_bytes": None if total_mib is None else total_mib * MIB,
-        "memory_free_bytes": None if free_mib is None else free_mib * MIB,
-        "driver": driver,
-        "compute_capability": capability,
+        "name": card.name,
+        "memory_total_bytes": card.total_bytes,
+        "memory_free_bytes": card.free_bytes,
+        "driver": card.driver,
+        "compute_capability": None if card.capability is None else f"{card.capability[0]}.{card.capability[1]}",
+        "multiprocessors": card.multiprocessors,
     }
 
 

@@ -16,11 +16,11 @@ from headrace.core.config import EngineConfig
 from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
-    from headrace.compare.files import ReportFile
+    from headrace.pages.files import ReportFile
     from headrace.profile.run import Work
 
 MAX_TOP = 10_000
-NOT_TORCH = frozenset({"backend", "instruction_set", "quant"})
+NOT_TORCH = frozenset({"backend", "instruction_set"})
 """Settings that make no sense for the backend whose ranges Nsight Systems sees."""
 
 NO_NSYS = (
@@ -84,8 +84,8 @@ def show_profile(arguments: argparse.Namespace, work: Work, tell_nsys: bool) -> 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     from headrace.compare.progress import progress_line
-    from headrace.compare.table import console
     from headrace.engine.model import OpenModel
+    from headrace.pages.terminal import console
     from headrace.profile.run import profile
     from headrace.profile.table import show
     from headrace.profile.trace import trace_json
@@ -127,15 +127,23 @@ def show_commands(arguments: argparse.Namespace, only_first: bool = False) -> No
 
 def command_of(arguments: argparse.Namespace) -> list[str]:
     """This command, as Nsight Systems is to run it: the same work, on the backend that opens NVTX ranges."""
+    from headrace.engine.hardware import probe_hardware
+
     words = ["profile", arguments.model]
     for name in ("prompt_tokens", "max_tokens", "requests"):
         words += [flag(name), str(getattr(arguments, name))]
     set_here = given(arguments, EngineConfig)
+    dropped = NOT_TORCH | {"model"}
+    if set_here.get("device") == "cpu" or probe_hardware().gpu is None:
+        dropped |= {"quant"}  # on a CPU torch has plain weights alone
     for item in fields(EngineConfig):
-        if item.name == "model" or item.name in NOT_TORCH or item.name not in set_here:
+        if item.name in dropped or item.name not in set_here:
             continue
         value = set_here[item.name]
-        words += ["--no-" + flag(item.name)[2:]] if value is False else [flag(item.name), str(value)]
+        if isinstance(value, bool):
+            words.append(flag(item.name) if value else "--no-" + flag(item.name)[2:])
+        else:
+            words += [flag(item.name), str(value)]
     return [*words, "--backend", "torch"]
 
 
@@ -145,6 +153,6 @@ def flag(name: str) -> str:
 
 def writable(field: str, path: str) -> ReportFile:
     """Raises InvalidParameter before the work, where the file cannot be written after it."""
-    from headrace.compare.files import ReportFile
+    from headrace.pages.files import ReportFile
 
     return ReportFile(field, path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean, median
 
+from headrace.compare.arithmetic import rounding_text, warms_up_whole
 from headrace.compare.figures import Latency, Prices, Slo, figures_of, run_joules
 from headrace.compare.measure import SHORT_S, WARM_UP_TOKENS, Claim, Timing, judge, passes_of
 from headrace.compare.methods import Outcome
@@ -20,21 +21,11 @@ from headrace.core.errors import InvalidParameter
 from headrace.core.resolve import precision_text
 from headrace.sched.policy import parse_policy
 
-ROUNDING: Mapping[str, str] = {
-    "none": "",
-    "stored": " Activations are rounded to 8 bits where they meet packed weights: that is in the KL. What the "
-    "checkpoint's own packing has lost is not, for it is in both.",
-    "int8": " Activations are rounded to 8 bits too, where they meet such weights.",
-    "int4": " Activations are rounded to 8 bits, where they meet such weights.",
-}
-"""quant -> what there is to say of it beside the same-model verdict."""
-
-
 QUALITY_LIMITS: Mapping[str, tuple[float, float]] = {"ok": (0.98, 0.02), "warn": (0.95, 0.1)}
 """Least top-1 agreement and largest mean KL in nats of a lossy method; beyond both: refuse. Provisional."""
 QUALITY_POSITIONS = 4096
 """Output tokens that these limits are meant for."""
-LOSSY: Mapping[str, str] = {"fused-int8": "int8", "fused-int4": "int4"}
+LOSSY: Mapping[str, str] = {"fused-int8": "int8", "fused-int4": "int4", "fused-fp8": "fp8"}
 """Method -> its `quant`."""
 
 
@@ -113,7 +104,7 @@ def _too_few(methods: Sequence[MethodResult]) -> Advice:
         f"No advice: {counted} cannot tell methods apart ({quickest.name} measured "
         f"{quickest.timing.ratio.median:.2f} times {base.name}'s speed); use --repeats 3 or more."
     )
-    out = tuple(_out(one, base) for one in methods[1:] if one.exact and not one.identical)
+    out = tuple(_out(one, base) for one in methods[1:] if one.exact and not one.kept)
     return Advice(base.name, f"{counted}: too few to tell the methods apart", (said, *out))
 
 
@@ -134,6 +125,8 @@ class _Choice:
         self.objective = objective_of(wishes)
         self.notes: list[str] = []
         found = series_of(methods, self.objective, wishes.prices)
+        if self.objective is Objective.MEMORY and self.base.config is not None and self.base.config.device == "cuda":
+            self.notes.append("Memory is the host's: what a method takes of the GPU's is not in it.")
         if self.base.name not in found:
             self.notes.append(
                 f"By {self.objective} nothing can be said: {_missing(self.objective, wishes)}. The advice is by time."
@@ -167,7 +160,7 @@ class _Choice:
     def _eligible(self) -> list[MethodResult]:
         """What may be chosen, but for the SLO. Rounded weights may give the same tokens here, and others elsewhere."""
         known = [one for one in self.methods if one.name in self.series and one.name not in LOSSY]
-        return [one for one in known if one.identical and servable(one.name)]
+        return [one for one in known if one.kept and servable(one.name)]
 
     def _claim(self, one: MethodResult, against: MethodResult) -> Claim:
         """FASTER: `one` needs less."""
@@ -191,7 +184,7 @@ class _Choice:
 
     def _ranked(self, candidates: Sequence[MethodResult], best: MethodResult) -> list[MethodResult]:
         """The candidates, and what of ours no server does; without those that `_better_still` names."""
-        ours = [one for one in self.methods if one.exact and one.identical and one.name not in self.late]
+        ours = [one for one in self.methods if one.exact and one.kept and one.name not in self.late]
         return [
             one
             for one in ours
@@ -214,7 +207,7 @@ class _Choice:
         if best is self.base:
             return f"No method was {BETTER[self.objective]} than {best.name} with identical tokens"
         ratio = weigh(self.series[self.base.name], self.series[best.name]).ratio
-        return f"{best.name} is {LESS[self.objective].format(ratio, self.base.name)}, with identical tokens"
+        return f"{best.name} is {LESS[self.objective].format(ratio, self.base.name)}, with {tokens_text(best)}"
 
     def _why(self, best: MethodResult, candidates: Sequence[MethodResult]) -> str:
         if best is self.base:
@@ -222,7 +215,7 @@ class _Choice:
             claims = "; ".join(f"{one.name}: {self._claim_text(one)}" for one in others)
             said = f"Use {best.name}: no method with identical tokens was {BETTER[self.objective]}"
             return said + (f" ({claims})." if claims else ".")
-        said = f"Use {best.name}: {self._ratio(best, self.base)}, with identical tokens."
+        said = f"Use {best.name}: {self._ratio(best, self.base)}, with {tokens_text(best)}."
         if self.base.name in self.late:
             said += f" {self.base.name} does not meet the SLO ({self.late[self.base.name]})."
         if self.objective is Objective.TIME:
@@ -253,7 +246,7 @@ class _Choice:
         return tuple(told)
 
     def _dropped(self, candidates: Sequence[MethodResult]) -> list[str]:
-        said = [_out(one, self.base) for one in self.methods[1:] if one.exact and not one.identical]
+        said = [_out(one, self.base) for one in self.methods[1:] if one.exact and not one.kept]
         return said + [
             f"{one.name} is out: it does not meet the SLO ({self.late[one.name]})."
             for one in self._eligible()
@@ -274,7 +267,7 @@ class _Choice:
             elif one.name in LOSSY:
                 said.append(self._of_lossy(one, best, better))
             elif better:
-                tokens = "identical tokens" if one.identical else "other tokens"
+                tokens = tokens_text(one) if one.kept else "other tokens"
                 said.append(f"{one.name} was {self._ratio(one, best)}, with {tokens}; headrace serve does not do that.")
         return said
 
@@ -307,6 +300,12 @@ class _Choice:
 
 def _out(one: MethodResult, base: MethodResult) -> str:
     return f"{one.name} is out: its tokens differ from {base.name}'s ({one.divergence})."
+
+
+def tokens_text(one: MethodResult) -> str:
+    """What its tokens are beside the base's, of a method that kept its promise."""
+    near = one.verdict.near_ties
+    return "identical tokens" + (f" but for {near} near-{plural(near, 'tie')}" if near else "")
 
 
 def _foreign(name: str) -> bool:
@@ -422,7 +421,8 @@ def serve_command(model: str, name: str, config: ResolvedConfig | None) -> str |
         settings |= {one: getattr(config, one) for one in chosen}
     if name in LOSSY:
         settings["quant"] = LOSSY[name]
-    flags = [f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in settings.items()]
+    values = {key: "" if value is True else f" {shlex.quote(str(value))}" for key, value in settings.items()}
+    flags = [f"--{key.replace('_', '-')}{value}" for key, value in values.items()]
     return " ".join(("headrace serve", model if model == "MODEL" else shlex.quote(model), *flags))
 
 
@@ -461,7 +461,8 @@ def measured_text(comparison: Comparison) -> str:
     """What was measured, in one sentence or two."""
     config, workload = comparison.config, comparison.workload
     count = comparison.repeats
-    warm_up = min(WARM_UP_TOKENS, workload.max_tokens)
+    on_gpu = "" if config.device == "cpu" else f" on {comparison.machine.device(config)}"
+    warm_up = "one run" if warms_up_whole(config) else f"{min(WARM_UP_TOKENS, workload.max_tokens)} tokens"
     requests = len(workload.requests)
     arrive = f"that arrive within {workload.requests[-1].arrival_s:.3g} s"
     quickest = min(one.timing.spread.low for one in comparison.methods)
@@ -470,11 +471,11 @@ def measured_text(comparison: Comparison) -> str:
         "of median length counts"
     )
     return (
-        f"Measured: {comparison.model_name}, {config.backend} backend, {precision_text(config)}, "
+        f"Measured: {comparison.model_name}, {config.backend} backend{on_gpu}, {precision_text(config)}, "
         f"{config.threads} {plural(config.threads, 'thread')}; {requests} {plural(requests, 'question')} "
         f"{'that arrive together' if workload.together else arrive}, "
         f"greedy, up to {workload.max_tokens} output tokens each; {count} {plural(count, 'round')} in rotated order "
-        f"after a warm-up of {warm_up} tokens{passes if quickest < SHORT_S else ''}; prefix cache off. Loading took "
+        f"after a warm-up of {warm_up}{passes if quickest < SHORT_S else ''}; prefix cache off. Loading took "
         f"{comparison.load_s:.1f} s and is not counted."
     )
 
@@ -487,11 +488,12 @@ def model_text(comparison: Comparison) -> str:
             f"Same model: {config.backend} float32 is the fp32 reference itself, so one teacher-forced run "
             "served both sides and KL is 0 by definition; top-1 says whether every token was its likeliest."
         )
+    where_fp32 = "" if comparison.reference.device == config.device else "; on the CPU, for the GPU has no room for it"
     divergence = comparison.base.same_model.divergence
     where = "" if divergence is None else f" {comparison.base.name} and fp32: {divergence}."
     return (
         f"Same model: every answer teacher-forced through the {config.backend} backend twice, in fp32 (the "
-        f"checkpoint's weights as float32, float32 KV cache) and as measured ({precision_text(config)}); "
+        f"checkpoint's weights as float32, float32 KV cache{where_fp32}) and as measured ({precision_text(config)}); "
         "KL(fp32 ‖ method) per output token in nats. Lossless means that every token is fp32's likeliest and mean KL ≤ "
-        f"{LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain).{ROUNDING[config.quant]}{where}"
+        f"{LOSSLESS_MEAN_KL:g} (what rounding of fp32 sums can explain).{rounding_text(config)}{where}"
     )

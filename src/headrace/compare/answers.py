@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 from headrace.compare.runner import Comparison
-
-
-def clean(text: str) -> str:
-    """Without the control characters that could move a cursor, recolour a terminal or hide text."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def shortened(text: str, most: int) -> str:
-    """At most about `most` letters of it, with a word on how many are left out."""
-    left = len(text) - most
-    return text if left <= 0 else f"{text[:most].rstrip()} … ({left} more characters)"
+from headrace.pages.plain import clean
 
 
 def shown_answers(comparison: Comparison, question: int) -> list[tuple[str, str]]:

@@ -34,8 +34,16 @@ SCOPE = (
     "every answer bit for bit, with any number of threads. On another one an answer may differ only where the margin "
     "between the reference's two largest logits is below epsilon."
 )
+CUDA_SCOPE = (
+    "A machine of the same class (GPU, system, and versions of headrace and its libraries) must give every answer bit "
+    "for bit where both configurations are batch_invariant. Otherwise, and on another machine, an answer may differ "
+    "only where the margin between the reference's two largest logits is below epsilon."
+)
+"""Of answers that were computed on a GPU."""
 ARITHMETIC = ("backend", "dtype", "quant", "kv_dtype")
 """Settings that decide the bits of a row."""
+CUDA_ARITHMETIC = ("device", "batch_invariant")
+"""Those that do on a GPU; a certificate of a CPU has none of them."""
 SCHEDULE = ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 """Settings that decide which rows share a step. The number of KV blocks is left out: it follows the free memory; and
 the prefix cache, which is off in every comparison."""
@@ -179,7 +187,10 @@ class Side:
 
 def config_of(config: ResolvedConfig | None) -> dict[str, Any] | None:
     """What of a configuration may decide an answer; threads and instruction set are the machine's."""
-    return None if config is None else {name: getattr(config, name) for name in (*ARITHMETIC, *SCHEDULE)}
+    if config is None:
+        return None
+    on_gpu = CUDA_ARITHMETIC if config.device == "cuda" else ()
+    return {name: getattr(config, name) for name in (*ARITHMETIC, *on_gpu, *SCHEDULE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +201,8 @@ class Setting:
     instructions: Sequence[str]
     """`instructions_of` the backend."""
     threads: int
+    on_gpu: bool = False
+    """Whether the answers were computed on the machine's GPU."""
 
     def machine_json(self) -> dict[str, Any]:
         return {
@@ -197,7 +210,7 @@ class Setting:
             "isa": list(self.instructions),
             "system": self.machine.system,
             "threads": self.threads,
-            "gpu": None,
+            "gpu": self.machine.gpu if self.on_gpu else None,
         }
 
     def versions_json(self) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def certificate(
     found: dict[str, Any] = {
         "format": FORMAT,
         "created": created,
-        "scope": SCOPE,
+        "scope": CUDA_SCOPE if setting.on_gpu else SCOPE,
         "model": model_name,
         "weights": weights.as_json(),
         "tokenizer_sha256": tokenizer,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from headrace.compare.certificate import ARITHMETIC, FORMAT, SCHEDULE, SEALED, WeightsFile, parts
+from headrace.compare.certificate import ARITHMETIC, CUDA_ARITHMETIC, FORMAT, SCHEDULE, SEALED, WeightsFile, parts
 from headrace.compare.verdict import Verdict
 from headrace.compare.workloads import Workload, WorkloadRequest, is_digest
 from headrace.core.errors import CheckpointError, InputFileError, shorten
@@ -84,6 +84,12 @@ class Certificate:
     def workload_sha256(self) -> str:
         """The workload's hash as its manifest has it."""
         return str(self.raw["workload"]["sha256"])
+
+    @property
+    def order_follows_batch(self) -> bool:
+        """Whether one of the two was computed on a GPU without batch_invariant: then near-ties may fall otherwise."""
+        sides = (self.reference.config or {}, self.method.config or {})
+        return any(config.get("batch_invariant") is False for config in sides)
 
     def value(self, part: str) -> object:
         """What is at a path. Raises KeyError."""
@@ -325,6 +331,9 @@ def _side(fields: _Fields) -> RecordedSide:
     if not fields.is_null("config"):
         settings = fields.fields("config")
         config = {field: settings.text(field) for field in ARITHMETIC}
+        if any(field in settings.value for field in CUDA_ARITHMETIC):
+            settings.exactly("device", "cuda")
+            config |= {"device": "cuda", "batch_invariant": settings.flag("batch_invariant")}
         for field in SCHEDULE:
             config[field] = settings.count(field, 1)
         settings.done()

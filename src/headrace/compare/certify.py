@@ -29,7 +29,8 @@ def certify(comparison: Comparison, name: str, weights: Weights, tokenizer: str 
         epsilon=comparison.epsilon,
         setting=Setting(
             comparison.machine,
-            instructions_of(create_backend(config.backend, config.instruction_set)),
+            instructions_of(create_backend(config.backend, config.instruction_set, config.device)),
             config.threads,
+            config.device == "cuda",
         ),
     )

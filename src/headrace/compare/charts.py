@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.compare.chart_axes import (
+from headrace.pages.chart_axes import (
     LABEL,
     LINE,
     SMALL,

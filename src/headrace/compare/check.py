@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from headrace.compare.advice import plural
-from headrace.compare.answers import clean
 from headrace.compare.certificate import (
     ARITHMETIC,
+    CUDA_ARITHMETIC,
     Progress,
     Setting,
     config_of,
@@ -30,7 +30,7 @@ from headrace.compare.certificate import (
 from headrace.compare.certificate_reader import Certificate, Recorded, read_certificate
 from headrace.compare.machine import probe_machine
 from headrace.compare.methods import Method, Outcome
-from headrace.compare.methods.bench import Bench
+from headrace.compare.methods.bench import Bench, share_card
 from headrace.compare.methods.registry import URL, make_method
 from headrace.compare.pictures import with_pixels
 from headrace.compare.score import Known, loader, score
@@ -41,13 +41,15 @@ from headrace.core.errors import InvalidParameter, shorten
 from headrace.core.types import ImageSpan
 from headrace.engine.images import Encoded
 from headrace.engine.model import OpenModel, create_backend
+from headrace.pages.plain import clean
 
 GUARDED = ("weights", "tokenizer_sha256", "workload", "prompts", "sampling", "reference", "method")
 """With one of these parts changed in the file, or other weights here, it would be another experiment: it is not run."""
 CLASS = frozenset(
     {"machine.cpu", "machine.isa", "machine.system", "machine.gpu", "versions.headrace", "versions.numpy"}
 )
-"""What makes a class of machines; on the torch backend its version too."""
+"""What makes a class of machines; on the torch backend its version too, on a GPU all but the CPU."""
+OF_CPU = frozenset({"machine.cpu", "machine.isa"})
 
 
 class Kind(StrEnum):
@@ -88,19 +90,29 @@ class CheckResult:
 
     @property
     def broken(self) -> tuple[Difference, ...]:
-        """All but settings."""
-        return tuple(one for one in self.differences if one.kind is not Kind.SETTING)
+        """All but settings, and near-ties where the order of summation follows the batch."""
+        return tuple(one for one in self.differences if one.kind is not Kind.SETTING and one not in self.near_ties)
+
+    @property
+    def near_ties(self) -> tuple[Difference, ...]:
+        """Other answers that the certificate's scope allows on any machine, its own too."""
+        if not self.certificate.order_follows_batch:
+            return ()
+        return tuple(
+            one for one in self.differences if one.verdict is not None and one.verdict.kind is Verdict.NEAR_TIE
+        )
 
     @property
     def status(self) -> int:
-        """Exit status of the command. 0: run again, every answer equal, nothing changed; 1: anything else."""
+        """Exit status of the command. 0: run again, nothing changed, every answer equal or one of `near_ties`; 1:
+        anything else."""
         return 0 if self.ran and not self.broken else 1
 
 
 def engine_settings(certificate: Certificate) -> dict[str, Any]:
     """Fields of `EngineConfig` in which the certificate was made; what the user sets goes above them. Threads and
     instruction set are left to this machine."""
-    return {**(certificate.reference.config or {}), "prefix_cache": False}
+    return {"device": "cpu", **(certificate.reference.config or {}), "prefix_cache": False}
 
 
 def check(
@@ -122,9 +134,11 @@ def check(
         found += compare_model(certificate, opened, progress)
         blocked = any(one.kind is Kind.MODEL or _part_of(one, GUARDED) for one in found)
         decides = CLASS | ({"versions.torch"} if opened.config.backend == "torch" else frozenset())
+        decides -= OF_CPU if opened.config.device == "cuda" else frozenset()
         same_class = not any(one.part in decides for one in settings)
         if not blocked:
             workload = _runnable(certificate, opened)
+            share_card(opened, workload)
             outcomes = _run(certificate, workload, Bench(opened), found, progress, make)
             found += _answers(certificate, workload, opened, outcomes, progress)
     changed = {one.part for one in found if one.kind is Kind.FILE}
@@ -224,8 +238,8 @@ def compare_model(certificate: Certificate, opened: OpenModel, progress: Progres
 def compare_settings(certificate: Certificate, opened: OpenModel) -> Iterator[Difference]:
     """Machine, threads and versions."""
     config = opened.config
-    backend = create_backend(config.backend, config.instruction_set)
-    setting = Setting(probe_machine(), instructions_of(backend), config.threads)
+    backend = create_backend(config.backend, config.instruction_set, config.device)
+    setting = Setting(probe_machine(), instructions_of(backend), config.threads, config.device == "cuda")
     for name, said, here in (
         ("machine", certificate.machine, setting.machine_json()),
         ("versions", certificate.versions, setting.versions_json()),
@@ -249,7 +263,7 @@ def _compare_config(side: str, said: Mapping[str, Any] | None, here: ResolvedCon
     known, found = said or {}, config_of(here) or {}
     for field in dict.fromkeys((*known, *found)):
         if known.get(field) != found.get(field):
-            kind = Kind.CONFIG if field in ARITHMETIC else Kind.SETTING
+            kind = Kind.CONFIG if field in (*ARITHMETIC, *CUDA_ARITHMETIC) else Kind.SETTING
             yield Difference(kind, f"{side}.config.{field}", _there_and_here(known.get(field), found.get(field)))
 
 
@@ -380,6 +394,7 @@ def show(result: CheckResult, console: Console) -> None:
     )
     told = {
         "The file, the model or an answer is not what it was:": result.broken,
+        "At a near-tie, as the certificate's scope allows on a GPU:": result.near_ties,
         "Run with other settings than then:": [one for one in result.differences if one.kind is Kind.SETTING],
     }
     for heading, differences in told.items():
@@ -405,7 +420,11 @@ def conclusion(result: CheckResult) -> tuple[str, ...]:
     sentences = []
     wrong = {one.part.split(".")[1]: one for one in result.broken if one.kind is Kind.ANSWER}
     if not result.broken:
-        sentences.append(f"Holds: run again, reference and method gave the same tokens as then for all of {counted}.")
+        tied = len({one.part.split(".")[1] for one in result.near_ties})
+        but = f", but for near-ties in {tied} of them" if tied else ""
+        sentences.append(
+            f"Holds: run again, reference and method gave the same tokens as then for all of {counted}{but}."
+        )
     elif not wrong:
         sentences.append(
             f"Does not hold as it is written; run again, the answers to all of {counted} are still those of then."

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.compare.chart_axes import (
+from headrace.compare.charts import time_text, unit_of
+from headrace.compare.methods import Iteration, Outcome, RequestRun
+from headrace.pages.chart_axes import (
     DASHES,
     LABEL,
     LINE,
@@ -24,8 +26,6 @@ from headrace.compare.chart_axes import (
     text_width,
     upright,
 )
-from headrace.compare.charts import time_text, unit_of
-from headrace.compare.methods import Iteration, Outcome, RequestRun
 
 MOST_CURVES = 14
 MOST_POINTS = 300

@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.compare import cells, study
 from headrace.compare.advice import Advice
+from headrace.compare.arithmetic import warms_up_whole
 from headrace.compare.certificate import prompts_sha256, tokens_sha256
 from headrace.compare.figures import Figures, Latency, Spread
 from headrace.compare.measure import WARM_UP_REQUESTS, WARM_UP_TOKENS, Timing
@@ -24,6 +25,8 @@ def document(comparison: Comparison, advice: Advice) -> dict[str, Any]:
     """A JSON object without NaN. Indices (requests, tokens, rounds) count from 0; times are seconds, memory bytes,
     energy joules, ratios base / method, margins logits. `advice`: what `advise` said of this comparison."""
     workload = comparison.workload
+    whole = warms_up_whole(comparison.config)
+    warm_up = workload if whole else workload.warm_up(WARM_UP_TOKENS, WARM_UP_REQUESTS)
     return {
         "schema": SCHEMA,
         "methods": {result.name: _method(result) for result in comparison.methods},
@@ -59,19 +62,24 @@ def document(comparison: Comparison, advice: Advice) -> dict[str, Any]:
         "repeats": comparison.repeats,
         "warm_up": {
             "runs": 1,
-            "max_requests": min(WARM_UP_REQUESTS, len(workload.requests)),
-            "max_tokens": min(WARM_UP_TOKENS, workload.max_tokens),
+            "max_requests": len(warm_up.requests),
+            "max_tokens": warm_up.max_tokens,
         },
         "peak_rss_bytes": comparison.peak_rss_bytes,
         "epsilon": asdict(comparison.epsilon),
         "wishes": asdict(comparison.wishes),
         "same_model": {
-            "reference": f"{comparison.config.backend} float32, float32 KV cache",
+            "reference": f"{comparison.config.backend} float32, float32 KV cache{on_device(comparison)}",
             "lossless_mean_kl": LOSSLESS_MEAN_KL,
             "one_scoring_served_both": comparison.one_scoring,
         },
         "texts": {name: list(texts) for name, texts in comparison.texts.items()},
     }
+
+
+def on_device(comparison: Comparison) -> str:
+    """Where the reference of the same-model verdict runs, where that is not plain: the base is on a GPU."""
+    return "" if comparison.config.device == "cpu" else f", {comparison.reference.device}"
 
 
 def _method(result: MethodResult) -> dict[str, Any]:

@@ -80,8 +80,12 @@ def run_rounds(
     progress: Callable[[str], None],
     fail: Callable[[str, HeadraceError], None],
     meters: Sequence[Meter] = (),
+    whole_warm_up: bool = False,
 ) -> Mapping[str, tuple[Outcome, ...]]:
     """A warm-up of every method, then `repeats` rounds of all of them, each round beginning with another one.
+
+    `whole_warm_up`: for methods of ours it is a run of the whole workload, as a GPU needs it: kernels are compiled when
+    a step of a new shape first asks for them.
 
     Slow drifts of the machine so fall on every method alike, and pairs within a round share them. Where a run is short
     (SHORT_S), a round goes through the methods several times, there and back (A B, B A, A B), and a method's run of
@@ -104,7 +108,7 @@ def run_rounds(
     with settled_heap():
         for method in methods:
             progress(f"warm-up: {method.name}")
-            run(method, warm_up)
+            run(method, workload if whole_warm_up and method.config is not None else warm_up)
         passes: int | None = None
         for index in range(repeats):
             first = index % len(methods)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from headrace.compare.answers import clean
+from headrace.pages.plain import clean
 
 ROUND = re.compile(r"round (\d+) of (\d+): ")
 """How `measure.run_rounds` begins the text of a run that counts."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from headrace.compare import cells, study
 from headrace.compare.advice import Advice, claim_text, measured_text, model_text, rule_text
-from headrace.compare.answers import shortened, shown_answers
+from headrace.compare.answers import shown_answers
+from headrace.compare.arithmetic import order_text, warms_up_whole
 from headrace.compare.flover.render import headline, section
 from headrace.compare.flover.results import Result
 from headrace.compare.machine import probe_machine
-from headrace.compare.markup import cell, grid, listed, name_cell, safe
 from headrace.compare.measure import WARM_UP_REQUESTS, WARM_UP_TOKENS, Claim, energy_difference
 from headrace.compare.report_figures import figures
 from headrace.compare.report_tables import details, divergences, summary
@@ -20,6 +19,8 @@ from headrace.compare.runner import Comparison, Wishes
 from headrace.compare.traffic import printable
 from headrace.core.resolve import precision_text
 from headrace.engine.model import OpenModel
+from headrace.pages.markup import cell, grid, listed, name_cell, safe, whole_page
+from headrace.pages.plain import shortened
 
 MOST_QUESTIONS = 8
 """Whose answers are on the page; those that differ come first."""
@@ -45,27 +46,15 @@ def page(comparison: Comparison, advice: Advice) -> str:
     title = f"{advice.headline} · {comparison.model_name}"
     asked = f"{comparison.workload.name}: {cells.describe_workload(comparison)}"
     precision = f"{comparison.config.backend}, {precision_text(comparison.config)}"
-    kicker = (comparison.model_name, precision, asked, comparison.machine.cpu, when)
-    return _whole(title, kicker, advice.headline, sections)
+    kicker = (comparison.model_name, precision, asked, comparison.machine.device(comparison.config), when)
+    return whole_page("headrace compare", title, kicker, advice.headline, sections)
 
 
 def flover_page(result: Result, opened: OpenModel) -> str:
     """The whole document of an experiment of the Flover study."""
     config, name = opened.config, printable(Path(opened.checkpoint.path.resolve().name))
-    kicker = (name, f"{config.backend}, {precision_text(config)}", probe_machine().cpu)
-    return _whole(f"{headline(result)} · {name}", kicker, headline(result), [section(result)])
-
-
-def _whole(title: str, kicker: Sequence[str], heading: str, sections: Sequence[str]) -> str:
-    """A document of these sections; `kicker`: what it is about, in a line of short pieces."""
-    style = files("headrace.compare").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f'<p class="kicker">headrace compare · {" · ".join(map(safe, kicker))}</p>\n'
-        f"<h1>{safe(heading)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
-    )
+    kicker = (name, f"{config.backend}, {precision_text(config)}", probe_machine().device(config))
+    return whole_page("headrace compare", f"{headline(result)} · {name}", kicker, headline(result), [section(result)])
 
 
 def _advice(advice: Advice) -> Iterator[str]:
@@ -146,13 +135,21 @@ def _settings(comparison: Comparison) -> Iterator[str]:
         ("fingerprint", comparison.fingerprint),
         (
             "machine",
-            f"{machine.cpu}; {machine.cores} CPUs usable; {machine.memory_bytes / 2**30:.1f} GiB; {machine.system}",
+            f"{machine.cpu}; {machine.cores} CPUs usable; {machine.memory_bytes / 2**30:.1f} GiB; {machine.system}"
+            + ("" if machine.gpu is None else f"; {machine.gpu}"),
         ),
         ("software", f"Python {machine.python}, {libraries}"),
     )
     yield "<h2>Settings</h2>"
     yield "<ul>\n" + "".join(f"<li>{name}: <code>{safe(value)}</code></li>\n" for name, value in facts) + "</ul>"
     yield grid((("setting", ""), ("value", ""), ("why", "")), rows)
+
+
+def _warm_up(comparison: Comparison) -> str:
+    short = f"of up to {WARM_UP_REQUESTS} requests with up to {WARM_UP_TOKENS} tokens each"
+    if not warms_up_whole(comparison.config):
+        return short
+    return f"of the whole workload (kernels are compiled when a shape first comes up; engines from outside: {short})"
 
 
 def _method(comparison: Comparison) -> Iterator[str]:
@@ -167,8 +164,8 @@ def _method(comparison: Comparison) -> Iterator[str]:
         f"{workload.name}, SHA-256 {workload.sha256}).",
         *workload.notes,
         *(f"{result.name}: {result.description}." for result in comparison.methods),
-        f"A warm-up run of each method, of up to {WARM_UP_REQUESTS} requests with up to {WARM_UP_TOKENS} tokens each, "
-        "is not counted. Each round runs every method once, beginning with another one each time.",
+        f"A warm-up run of each method, {_warm_up(comparison)}, is not counted. Each round runs every method once, "
+        "beginning with another one each time.",
         "× serial is paired: serial's seconds over the method's in the same round. Its interval is a bootstrap "
         f"over the rounds. {rule_text(comparison.repeats)}",
         f"What the pairs say: {claims}." if claims else "Only one method was run.",
@@ -177,7 +174,7 @@ def _method(comparison: Comparison) -> Iterator[str]:
         *_energy(comparison),
         *_wishes(comparison.wishes),
         "Same arithmetic: token ids of every round against serial's first round, on the same weights, backend, "
-        "precision and KV cache.",
+        f"precision and KV cache.{order_text(comparison.config)}",
         model_text(comparison),
         *(f"{result.name} under the fp32 model: {cells.quality_text(result)}." for result in comparison.methods),
         f"Batching bound: Σ lengths / longest length of serial's answers is {comparison.bound:.2f}. So much faster "

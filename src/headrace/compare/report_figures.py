@@ -20,8 +20,8 @@ from headrace.compare.curves import (
     token_points,
 )
 from headrace.compare.figures import percentile, token_gaps
-from headrace.compare.markup import figure, safe
 from headrace.compare.runner import Comparison, MethodResult
+from headrace.pages.markup import figure, safe
 
 MOST_PANELS = 12
 """Methods whose requests are drawn one by one."""

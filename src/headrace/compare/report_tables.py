@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from headrace.compare import cells
 from headrace.compare.cells import NONE, rate_text
-from headrace.compare.chart_axes import short_text
 from headrace.compare.figures import Figures, Latency, Spread
-from headrace.compare.markup import cell, grid, name_cell, name_kind, safe
 from headrace.compare.measure import Claim
 from headrace.compare.runner import Comparison, MethodResult
 from headrace.compare.verdict import RequestVerdict, Verdict
+from headrace.pages.chart_axes import short_text
+from headrace.pages.markup import cell, grid, name_cell, name_kind, safe
 
 MOST_DIVERGENCES = 40
 """Rows of the table of divergences."""
@@ -68,7 +68,7 @@ def _time_row(result: MethodResult) -> str:
         interval = f"{found.low:.2f}–{found.high:.2f}" if found.low < found.high else ""
         ratio = cell(f"{found.median:.2f}", "number", interval, cells.claim_words(result))
     first, *more = cells.arithmetic_lines(result)
-    promised = "bad" if result.exact else "mild"
+    promised = "bad" if result.exact and not result.kept else "mild"
     arithmetic = cell(first, promised if cells.differing(result) else "good", *more)
     first, *more = cells.model_lines(result)
     model = cell(first, "good" if result.same_model.lossless else "mild", *more)

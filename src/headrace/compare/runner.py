@@ -11,16 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
+from headrace.compare.arithmetic import order_follows_batch, warms_up_whole
 from headrace.compare.arrivals import Poisson, arrive
 from headrace.compare.break_even import BreakEven, break_even
 from headrace.compare.figures import Figures, Prices, Slo, figures_of
 from headrace.compare.machine import Machine, probe_machine
 from headrace.compare.measure import Timing, batching_bound, run_rounds, time_method
 from headrace.compare.methods import BASE, Method, Outcome
-from headrace.compare.methods.bench import Bench
+from headrace.compare.methods.bench import Bench, share_card
 from headrace.compare.methods.registry import make_method
 from headrace.compare.peer_setup import PeerCache
-from headrace.compare.score import Known, is_reference, loader, measure_epsilon, reference_of, score
+from headrace.compare.score import Known, loader, measure_epsilon, reference_here, score
 from headrace.compare.verdict import (
     Divergence,
     Epsilon,
@@ -28,6 +29,7 @@ from headrace.compare.verdict import (
     RequestVerdict,
     SameModel,
     Scored,
+    Verdict,
     divergences,
     method_verdict,
     same_arithmetic,
@@ -69,6 +71,14 @@ class MethodResult:
         return self.divergence is None
 
     @property
+    def kept(self) -> bool:
+        """Whether its tokens are what a method of ours promises: the base's; where the order of summation follows the
+        batch, the base's but for near-ties."""
+        if self.identical:
+            return True
+        return self.exact and order_follows_batch(self.config) and self.verdict.kind is Verdict.NEAR_TIE
+
+    @property
     def verdict(self) -> MethodVerdict:
         return method_verdict(self.divergences)
 
@@ -97,8 +107,8 @@ class Comparison:
     """For every token of the base's first answers, the difference of its two largest logits there."""
     epsilon: Epsilon
     """Which margin counts as a tie in the base's arithmetic."""
-    one_scoring: bool
-    """The methods run in the reference's own arithmetic: one teacher-forced run served both sides of verdict 2."""
+    reference: ResolvedConfig
+    """What verdict 2 refers to: `score.reference_here`."""
     wishes: Wishes
     load_s: float
     """Of the base's model."""
@@ -117,6 +127,11 @@ class Comparison:
     @property
     def base(self) -> MethodResult:
         return self.methods[0]
+
+    @property
+    def one_scoring(self) -> bool:
+        """The methods run in the reference's own arithmetic: one teacher-forced run served both sides of verdict 2."""
+        return self.config == self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +177,8 @@ def compare(
     Raises ModelError or EngineError where the base fails, InvalidParameter for a name that is no method.
     """
     wishes, outside = wishes or Wishes(), outside or Outside()
+    share_card(opened, workload)
+    reference = reference_here(opened, workload.longest)
     bench = Bench(opened)
     methods = {name: make_method(name, bench, outside.peers, outside.api_key) for name in names}
     failures: list[Failure] = []
@@ -181,7 +198,8 @@ def compare(
             except HeadraceError as error:
                 fail(name, error)
         after_loading = peak_rss_bytes()
-        runs = run_rounds([methods[name] for name in loaded], workload, repeats, progress, fail, meters)
+        ready = [methods[name] for name in loaded]
+        runs = run_rounds(ready, workload, repeats, progress, fail, meters, warms_up_whole(opened.config))
         # Each run begins with a fresh peak, where the system allows that.
         peaks = [outcome.peak_rss_bytes or 0 for outcomes in runs.values() for outcome in outcomes]
         peak = max(peak_rss_bytes(), after_loading, *peaks)
@@ -194,10 +212,12 @@ def compare(
     gc.collect()
     progress("scoring the answers")
     configs = {name: methods[name].config for name in runs}
-    scored = score_runs(opened, workload, runs, configs)
+    scored = score_runs(opened, workload, runs, configs, reference)
     answers = list(zip(workload.prompts, runs[BASE][0].outputs, strict=True))
     differ = any(outcome.outputs != runs[BASE][0].outputs for outcomes in runs.values() for outcome in outcomes)
-    epsilon = measure_epsilon(opened, opened.config, answers) if differ else Epsilon(0.0, 0, "no answer differs")
+    # Where they may differ, those of a later run of a certificate may.
+    wanted = differ or order_follows_batch(opened.config)
+    epsilon = measure_epsilon(opened, opened.config, answers) if wanted else Epsilon(0.0, 0, "no answer differs")
     return Comparison(
         methods=judge_runs(runs, scored, methods, loaded, epsilon, wishes),
         failures=tuple(failures),
@@ -206,7 +226,7 @@ def compare(
         bound=batching_bound([len(output) for output in runs[BASE][0].outputs]),
         margins=tuple(scored[BASE, index, output].margins for index, (_, output) in enumerate(answers)),
         epsilon=epsilon,
-        one_scoring=is_reference(opened.config),
+        reference=reference,
         wishes=wishes,
         load_s=loaded[BASE],
         repeats=repeats,
@@ -225,14 +245,18 @@ Scores = Mapping[tuple[str, int, tuple[int, ...]], Scored]
 
 
 def score_runs(
-    opened: OpenModel, workload: Workload, runs: Runs, configs: Mapping[str, ResolvedConfig | None]
+    opened: OpenModel,
+    workload: Workload,
+    runs: Runs,
+    configs: Mapping[str, ResolvedConfig | None],
+    reference: ResolvedConfig,
 ) -> Scores:
-    """Teacher-forces every distinct answer of every round, in the arithmetic of the method that gave it.
+    """Teacher-forces every distinct answer of every round, in the arithmetic of the method that gave it, and in that of
+    `reference`.
 
     `configs`: of each method; None: an engine from outside, whose logits nobody knows.
     """
     found: dict[tuple[str, int, tuple[int, ...]], Scored] = {}
-    reference = reference_of(opened.config)
     left = list(runs)
     while left:
         config = configs[left[0]]
@@ -251,7 +275,7 @@ def score_runs(
         if config is None:
             scores = [one.without_kl() for one in score(known, opened.config.block_size, by_fp32, None, images)]
         else:
-            other = None if is_reference(config) else by_fp32
+            other = None if config == reference else by_fp32
             scores = score(known, config.block_size, loader(opened, config, longest), other, images)
         for answer, one in zip(answers, scores, strict=True):
             for name in names:

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.base import Backend, BackendOptions
+from headrace.compare.arithmetic import rounded_activations
 from headrace.compare.verdict import Epsilon, Scored
 from headrace.core.config import EngineConfig, ResolvedConfig
-from headrace.core.errors import EngineError, HeadraceError, NonFiniteLogits
-from headrace.core.sizing import blocks_for
+from headrace.core.errors import EngineError, HeadraceError, NonFiniteLogits, OutOfMemory
+from headrace.core.resolve_cuda import card_use, gib, usable_bytes
+from headrace.core.sizing import blocks_for, card_budget, kv_bytes_per_block
 from headrace.core.types import Admit, ImageSpan, RowStep, SamplingParams, StepPlan
-from headrace.engine.hardware import installed_backends
+from headrace.engine.hardware import installed_backends, probe_hardware
 from headrace.engine.model import OpenModel, create_backend
 
 CHUNK = 64
@@ -44,9 +46,27 @@ def reference_of(config: ResolvedConfig) -> ResolvedConfig:
     return replace(config, dtype="float32", quant="none", kv_dtype="float32")
 
 
-def is_reference(config: ResolvedConfig) -> bool:
-    """Whether the methods run in the very arithmetic that the same-model verdict refers to."""
-    return config == reference_of(config)
+def reference_here(opened: OpenModel, longest: int) -> ResolvedConfig:
+    """The same, on the CPU where the GPU has no room for the model in float32 and answers of `longest` tokens.
+
+    To be asked for before anything is loaded. Raises OutOfMemory where the CPU's memory has no room either.
+    """
+    config = reference_of(opened.config)
+    hardware = probe_hardware()
+    if config.device != "cuda" or hardware.gpu is None:
+        return config
+    use = replace(card_use(config), max_num_seqs=1, max_num_batched_tokens=CHUNK, max_model_len=longest)
+    cache = blocks_for(longest, config.block_size) * kv_bytes_per_block(opened.spec, "float32", config.block_size)
+    budget = card_budget(opened.spec, use, opened.stored, hardware.gpu.multiprocessors)
+    usable = usable_bytes(hardware.gpu)
+    if budget.total + cache <= usable:
+        return config
+    if budget.weights + cache > hardware.free_memory_bytes:
+        raise OutOfMemory(
+            f"the same-model verdict needs the model in float32, {gib(budget.weights + cache)}: {hardware.gpu.name} "
+            f"has {gib(usable)} for it, the CPU's memory {gib(hardware.free_memory_bytes)}"
+        )
+    return replace(config, device="cpu", batch_invariant=True)
 
 
 def loader(opened: OpenModel, config: ResolvedConfig, longest: int) -> Load:
@@ -61,6 +81,8 @@ def loader(opened: OpenModel, config: ResolvedConfig, longest: int) -> Load:
         max_rows=1,
         max_tokens=CHUNK,
         max_model_len=longest,
+        batch_invariant=config.batch_invariant,
+        device=config.device,
     )
     return lambda: opened.load_backend(config.backend, options)[0]
 
@@ -93,42 +115,51 @@ def score(
 def measure_epsilon(opened: OpenModel, config: ResolvedConfig, known: Sequence[Known]) -> Epsilon:
     """ε of the arithmetic `config`, once for a model: 2 × the largest |Δ logit| between two orders of summation.
 
-    The definition asks for the reference at two batch shapes. Our backends give a row the same bits in every batch and
-    chunk, so the other order is another correct way to compute the same numbers (`other_order`), along the first of the
-    `known` answers. Where activations are rounded to 8 bits, a sum that moves by its last bit can move a whole step of
-    that rounding, and so every layer after it: ε is then as large as the rounding's own error, some logits, and most
-    divergences from an engine with other roundings are near-ties.
+    The definition asks for the reference at two batch shapes. On a CPU our backends give a row the same bits in every
+    batch and chunk, so the other order is another correct way to compute the same numbers (`other_order`); on CUDA it
+    is that of the batch-invariant kernels against that of a token at a time, as answers are made. Measured along the
+    first of the `known` answers. Where activations are rounded to 8 bits, a sum that moves by its last bit can move a
+    whole step of that rounding, and so every layer after it: ε is then as large as the rounding's own error, some
+    logits, and most divergences from an engine with other roundings are near-ties.
     Only the ends of prompts are computed, and no images: placeholders are ordinary tokens there.
     Where there is no other order here, or it does not run, ε is 0 and its source says why.
     """
+    on_gpu = config.device == "cuda"
     found = other_order(config)
-    if found is None:
+    if found is None and not on_gpu:
         return Epsilon(0.0, 0, f"no second order of summation here for {config.backend} {config.dtype}")
-    settings, source = found
-    if config.quant in ("int8", "int4") or (config.quant == "stored" and opened.checkpoint.is_packed):
-        source += ", activations rounded to 8 bits"
+    settings, source = found or (None, "the batch-invariant kernels against the quickest ones, a token at a time")
+    if rounded := rounded_activations(config, opened.checkpoint.is_packed):
+        source += f", {rounded}"
     probe = [(prompt[-PROBE_TOKENS:], output[:PROBE_TOKENS]) for prompt, output in known if output][:PROBE_ANSWERS]
     if not probe:
         return Epsilon(0.0, 0, "there are no answers to measure it on")
     longest = max(len(prompt) + len(output) for prompt, output in probe)
+    own = loader(opened, config, longest)
     try:
-        with closing(OpenModel(replace(settings, model=str(opened.checkpoint.path)))) as other:
-            loaders = (loader(opened, config, longest), loader(other, other.config, longest))
-            largest = order_noise(probe, config.block_size, *loaders)
+        if settings is None:
+            other_kernels = replace(config, batch_invariant=not config.batch_invariant)
+            largest = order_noise(probe, config.block_size, own, loader(opened, other_kernels, longest), chunk=1)
+        else:
+            with closing(OpenModel(replace(settings, model=str(opened.checkpoint.path)))) as other:
+                largest = order_noise(probe, config.block_size, own, loader(other, other.config, longest))
     except HeadraceError as error:
         return Epsilon(0.0, 0, f"{source}: {error}")
     return Epsilon(2 * largest, sum(len(output) for _, output in probe), source)
 
 
 def other_order(config: ResolvedConfig) -> tuple[EngineConfig, str] | None:
-    """(settings of a backend that sums in another order with the same types, both orders in words) or None.
+    """(settings of a backend on the CPU that sums in another order with the same types, both orders in words) or None.
 
     The kernels for AVX2 and AVX-512 sum in the same order; the portable ones do not. Plain float32 the torch backend
     sums in a third. `model` of the settings is left empty.
     """
+    if config.device != "cpu":
+        return None
     same = EngineConfig(
         "",
         backend=config.backend,
+        device="cpu",
         dtype=config.dtype,
         quant=config.quant,
         kv_dtype=config.kv_dtype,
@@ -151,8 +182,9 @@ def other_order(config: ResolvedConfig) -> tuple[EngineConfig, str] | None:
     return None
 
 
-def order_noise(known: Sequence[Known], block_size: int, one: Load, other: Load) -> float:
+def order_noise(known: Sequence[Known], block_size: int, one: Load, other: Load, chunk: int = CHUNK) -> float:
     """The largest |Δ logit| between two backends along the answers, at the positions that foretell their tokens.
+    `chunk`: most positions of a step.
 
     Raises EngineError if a backend cannot.
     """
@@ -160,11 +192,11 @@ def order_noise(known: Sequence[Known], block_size: int, one: Load, other: Load)
     largest = 0.0
     with tempfile.TemporaryFile() as spill:
         with closing(one()) as backend:
-            for _, logits in _walk(backend, known, block_size, results):
+            for _, logits in _walk(backend, known, block_size, results, chunk=chunk):
                 spill.write(logits.tobytes())
         spill.seek(0)
         with closing(other()) as backend:
-            for _, logits in _walk(backend, known, block_size, results):
+            for _, logits in _walk(backend, known, block_size, results, chunk=chunk):
                 largest = max(largest, float(np.abs(logits - _read(spill, logits.shape)).max()))
     return largest
 
@@ -193,12 +225,17 @@ def _read(spill: IO[bytes], shape: tuple[int, ...]) -> Logits:
 
 
 def _walk(
-    backend: Backend, known: Sequence[Known], block_size: int, results: Sequence[_Parts], images: Images = ()
+    backend: Backend,
+    known: Sequence[Known],
+    block_size: int,
+    results: Sequence[_Parts],
+    images: Images = (),
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[_Parts, Logits]]:
     step = 0
     for index, (prompt, output) in enumerate(known):
         seen = images[index] if images else ()
-        for plan in plans(prompt, output, block_size, step, release=index > 0, images=seen):
+        for plan in plans(prompt, output, block_size, step, release=index > 0, images=seen, chunk=chunk):
             step = plan.step + 1
             backend.submit(plan)
             (out,) = backend.result().rows
@@ -224,15 +261,17 @@ def plans(
     first_step: int,
     release: bool,
     images: tuple[ImageSpan, ...] = (),
+    chunk: int = CHUNK,
 ) -> Iterator[StepPlan]:
     """Plans that compute prompt and output in row 0, with logits at the positions that foretell the output.
 
-    Token i of the output is foretold at position len(prompt) - 1 + i. `release`: row 0 holds an older answer.
+    Token i of the output is foretold at position len(prompt) - 1 + i. `release`: row 0 holds an older answer;
+    `chunk`: most positions of a plan.
     """
     token_ids = (*prompt, *output)
     known_stop, stop = len(prompt) - 1, len(token_ids) - 1
-    edges = [(start, min(start + CHUNK, known_stop), False) for start in range(0, known_stop, CHUNK)]
-    edges += [(start, min(start + CHUNK, stop), True) for start in range(known_stop, stop, CHUNK)]
+    edges = [(start, min(start + chunk, known_stop), False) for start in range(0, known_stop, chunk)]
+    edges += [(start, min(start + chunk, stop), True) for start in range(known_stop, stop, chunk)]
     blocks = 0
     for number, (start, end, wanted) in enumerate(edges):
         needed = blocks_for(end, block_size)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
 from rich import box
 from rich.cells import cell_len
@@ -15,13 +13,13 @@ from rich.text import Text
 
 from headrace.compare import cells, study
 from headrace.compare.advice import Advice, measured_text, model_text
-from headrace.compare.answers import clean, shortened, shown_answers
-from headrace.compare.chart_axes import short_text
+from headrace.compare.answers import shown_answers
 from headrace.compare.figures import Latency
 from headrace.compare.measure import Claim
 from headrace.compare.runner import Comparison, MethodResult
+from headrace.pages.chart_axes import short_text
+from headrace.pages.plain import clean, shortened
 
-PIPED_WIDTH = 100
 MOST_QUESTIONS = 4
 """Whose answers are shown; there are files for the rest."""
 MOST_LETTERS = 800
@@ -32,14 +30,6 @@ SHORT_CLAIMS: Mapping[Claim, str] = {Claim.SAME: "no signif.\ndifference", Claim
 """What a ratio does not say by itself."""
 GAP = 2
 """Between two columns: padding, and the table's own blank."""
-
-
-def console(stream: TextIO | None = None, width: int | None = None) -> Console:
-    """Plain and of a fixed width where nobody watches."""
-    stream = sys.stdout if stream is None else stream
-    if stream.isatty():
-        return Console(file=stream, width=width, highlight=False)
-    return Console(file=stream, width=width or PIPED_WIDTH, highlight=False, color_system=None, force_terminal=False)
 
 
 def show(comparison: Comparison, advice: Advice, out: Console) -> None:
@@ -59,11 +49,6 @@ def show(comparison: Comparison, advice: Advice, out: Console) -> None:
     out.print()
     for sentence in (measured_text(comparison), model_text(comparison)):
         out.print(Text(clean(sentence), style="dim"))
-
-
-def show_written(path: str, out: Console) -> None:
-    # One line whatever the width, so that it can be clicked and copied.
-    out.print(Text(f"Written: {clean(path)}"), soft_wrap=True)
 
 
 def _answers(comparison: Comparison, out: Console) -> None:
@@ -197,7 +182,7 @@ def _arithmetic_style(result: MethodResult) -> str:
     """Red where a promise is broken."""
     if not cells.differing(result):
         return "green"
-    return "red" if result.exact else "yellow"
+    return "red" if result.exact and not result.kept else "yellow"
 
 
 def _study(comparison: Comparison, out: Console) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from headrace.api.fields import check_unicode
 from headrace.api.json import read_object
 from headrace.compare.arrivals import MAX_REQUESTS, MAX_SEED, AtOnce, arrive, parse_arrivals
-from headrace.compare.files import ReportFile
 from headrace.compare.pictures import with_pixels
 from headrace.compare.questions import IMAGE6, TEXT4, image6, text4
 from headrace.compare.synthetic import Fixed, parse_length, synthetic
@@ -18,6 +17,7 @@ from headrace.compare.traffic import DEFAULT_MAX_TOKENS, printable, read_traffic
 from headrace.compare.workloads import Workload, check_room, from_manifest, repeat
 from headrace.core.errors import InputFileError, InvalidParameter, RequestError
 from headrace.core.types import SamplingParams
+from headrace.pages.files import ReportFile
 
 if TYPE_CHECKING:
     from headrace.engine.model import OpenModel

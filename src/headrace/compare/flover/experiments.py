@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from headrace.compare.arithmetic import order_follows_batch
 from headrace.compare.flover.findings import overall_time, poisson, throughput
 from headrace.compare.flover.findings_slots import shuffles
 from headrace.compare.flover.findings_time import against_engines, cumulative, timeline
@@ -191,7 +192,8 @@ def _run_cells(
 
         runs = run_rounds(methods, workload, repeats, told, bench.fail)
         exact = frozenset(name for name in runs if bench.methods[name].exact)
-        found.append(CellRun(shape, workload, runs, exact))
+        free = any(order_follows_batch(bench.methods[name].config) for name in exact)
+        found.append(CellRun(shape, workload, runs, exact, free))
     return found
 
 

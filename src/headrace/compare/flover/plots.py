@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.compare.chart_axes import (
+from headrace.compare.methods import Outcome
+from headrace.pages.chart_axes import (
     DASHES,
     LABEL,
     LINE,
@@ -21,7 +22,6 @@ from headrace.compare.chart_axes import (
     text_width,
     upright,
 )
-from headrace.compare.methods import Outcome
 
 PLOT = 240.0
 """Height of a plot, in user units."""

@@ -15,8 +15,8 @@ from headrace.compare.flover.identities import overlap_percent
 from headrace.compare.flover.published import Published
 from headrace.compare.flover.results import CellRun, Grid, Result
 from headrace.compare.flover.trace import mean_in_flight
-from headrace.compare.markup import cell, figure, grid, listed, safe
 from headrace.compare.methods import Outcome
+from headrace.pages.markup import cell, figure, grid, listed, safe
 
 RANGE = "–"
 """Between the ends of one, in a cell."""

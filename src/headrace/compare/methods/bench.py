@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from headrace.backends.base import Backend
-from headrace.compare.methods.rows import Rows
+from headrace.compare.methods.rows import Rows, padded_tokens
+from headrace.compare.workloads import Workload
 from headrace.core.config import EngineConfig
 from headrace.core.resolve import MIB, NATIVE_LANES
-from headrace.core.sizing import kv_bytes_per_block
+from headrace.core.sizing import blocks_for, kv_bytes_per_block
 from headrace.core.types import Capacity
 from headrace.engine.core import EngineCore
 from headrace.engine.model import OpenModel
@@ -82,11 +83,35 @@ class Bench:
             loaded[0].close()
 
 
+def share_card(opened: OpenModel, workload: Workload) -> None:
+    """On a GPU, cuts the KV cache that `opened` is going to have to what the workload fills at most (every request
+    padded to the longest prompt and answer), and one request of `max_model_len`: by itself it would have all that is
+    left of the GPU, and a method with an engine of its own none. A size that the user has set stays."""
+    config = opened.config
+    if config.device != "cuda" or opened.requested.kv_cache_mib is not None:
+        return
+    rows = min(config.max_num_seqs, len(workload.requests))
+    padded = min(padded_tokens(opened, workload), config.max_model_len)
+    # One more each: who joins needs room for every running request's next block.
+    filled = rows * (blocks_for(padded, config.block_size) + 1)
+    wanted = max(filled, blocks_for(config.max_model_len, config.block_size))
+    if wanted < config.num_blocks:
+        why = f"{wanted}: what this workload fills; methods with engines of their own need room on the GPU too"
+        opened.config = replace(config, num_blocks=wanted, reasons={**config.reasons, "num_blocks": why})
+
+
 def kv_bytes(opened: OpenModel, num_blocks: int) -> int:
     """Of so many blocks of the KV cache, as this model's engine keeps them."""
     config = opened.config
     lanes = NATIVE_LANES if config.backend == "native" else 1
     return num_blocks * kv_bytes_per_block(opened.spec, config.kv_dtype, config.block_size, lanes)
+
+
+def beside_text(opened: OpenModel) -> str:
+    """What makes the engines that share a GPU smaller, after the reason why one has no room; empty on a CPU."""
+    if opened.config.device == "cpu":
+        return ""
+    return f"; a --max-model-len below {opened.config.max_model_len} makes every engine's KV cache smaller"
 
 
 def same_settings(opened: OpenModel, max_num_seqs: int, num_blocks: int) -> EngineConfig:
@@ -97,6 +122,7 @@ def same_settings(opened: OpenModel, max_num_seqs: int, num_blocks: int) -> Engi
         opened.requested,
         model=str(opened.checkpoint.path),
         backend=config.backend,
+        device=config.device,
         dtype=config.dtype,
         quant=config.quant,
         kv_dtype=config.kv_dtype,

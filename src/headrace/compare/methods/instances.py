@@ -6,15 +6,17 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from headrace.compare.methods import Outcome
-from headrace.compare.methods.bench import Bench, kv_bytes, same_settings
+from headrace.compare.methods.bench import Bench, beside_text, kv_bytes, same_settings
 from headrace.compare.methods.rows import Answer, open_answers, tokens_kept
 from headrace.compare.workloads import Workload
 from headrace.core.config import EngineConfig, ResolvedConfig
 from headrace.core.errors import BackendUnavailable, EngineError, OutOfMemory
-from headrace.core.sizing import blocks_for
+from headrace.core.resolve_cuda import card_use, usable_bytes
+from headrace.core.sizing import blocks_for, card_budget
 from headrace.core.types import ErrorEvent, TokenEvent
 from headrace.engine.hardware import probe_hardware
 
@@ -54,10 +56,16 @@ class InstancesMethod:
         settings = same_settings(opened, 1, blocks_for(opened.config.max_model_len, opened.config.block_size))
         began = time.monotonic()
         try:
+            before = self._free_bytes()
             self._add(settings)
-            each = self._instances[0].rss_bytes + kv_bytes(opened, blocks)
-            free = probe_hardware().free_memory_bytes
-            if (fitting := 1 + int(free * FREE_SHARE) // each) < count:
+            free = self._free_bytes()
+            if opened.config.device == "cpu":
+                each = self._instances[0].rss_bytes + kv_bytes(opened, blocks)
+                fitting = 1 + int(free * FREE_SHARE) // each
+            else:
+                each = max(before - free, self._bench.backend[0].memory()["weights"])
+                fitting = 1 + instances_beside(free, self._card_bytes(), each)
+            if fitting < count:
                 cap = f"; {wanted} were wanted, one takes {each / 1e6:.0f} MB and {free / 1e6:.0f} MB were free"
             for _ in range(min(count, fitting) - 1):
                 self._add(settings)
@@ -134,14 +142,38 @@ class InstancesMethod:
     def _check_memory(self, cache_bytes: int) -> None:
         """The system would end the whole comparison where it runs out of memory."""
         backend, _ = self._bench.backend
-        needed, free = backend.memory()["weights"] + cache_bytes, probe_hardware().free_memory_bytes
+        opened = self._bench.opened
+        on_cpu = opened.config.device == "cpu"
+        needed, free = backend.memory()["weights"] + cache_bytes if on_cpu else self._card_bytes(), self._free_bytes()
         if needed > free:
             raise OutOfMemory(
                 f"{self.name}: another copy of the model takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+                f"{beside_text(opened)}"
             )
+
+    def _free_bytes(self) -> int:
+        """Of the memory that the model is in; of a GPU's what an engine that starts now may take."""
+        hardware = probe_hardware()
+        if self._bench.opened.config.device == "cpu":
+            return hardware.free_memory_bytes
+        if hardware.gpu is None:
+            raise BackendUnavailable(f"{self.name}: {hardware.no_gpu}")
+        return usable_bytes(hardware.gpu)
+
+    def _card_bytes(self) -> int:
+        """What an instance asks of the GPU when it starts."""
+        opened = self._bench.opened
+        use = replace(card_use(opened.config), max_num_seqs=1)
+        cache = kv_bytes(opened, blocks_for(use.max_model_len, use.block_size))
+        return card_budget(opened.spec, use, opened.stored).total + cache
 
     def _describe(self, count: str, cap: str) -> str:
         return f"{count}, each with its own copy of the model and one request at a time, first come first served{cap}"
+
+
+def instances_beside(free: int, asked: int, each: int) -> int:
+    """How many more start where `free` bytes are left, one asks for `asked` of them at its start, and takes `each`."""
+    return 1 + (free - asked) // each if free >= asked else 0
 
 
 def _take(instance: Instance, live: dict[str, Answer], began_s: float) -> int:

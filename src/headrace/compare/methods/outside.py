@@ -136,6 +136,7 @@ class OutsideMethod:
         return (
             f"{self._spec.engine} ({versions}), an outside engine; weights: {self._spec.precision}; "
             f"threads: {config.threads}; {scheduling}; {isa}"
+            + ("; on the CPU, while ours are on a GPU" if config.device == "cuda" else "")
         )
 
 

@@ -27,8 +27,14 @@ class PlainAttentionMethod:
         )
 
     def start(self, workload: Workload) -> float:
-        """Raises ConfigError on another backend than torch."""
-        backend = self._bench.opened.config.backend
+        """Raises ConfigError on another backend than torch, and on a GPU."""
+        config = self._bench.opened.config
+        if config.device != "cpu":
+            raise ConfigError(
+                f"{self.name}: on a GPU attention is one kernel, in tiles, and has no form without them: compare with "
+                "--backend torch --device cpu"
+            )
+        backend = config.backend
         if backend != "torch":
             raise ConfigError(
                 f"{self.name}: the {backend} backend has no attention but its tiled kernel, without the whole matrix: "

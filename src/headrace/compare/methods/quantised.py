@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from headrace.compare.methods import Outcome
 from headrace.compare.methods.admission import DESCRIPTIONS, AdmissionMethod
-from headrace.compare.methods.bench import Bench, same_settings
+from headrace.compare.methods.bench import Bench, beside_text, same_settings
 from headrace.compare.workloads import Workload
 from headrace.core.config import ResolvedConfig
 from headrace.core.errors import ConfigError, OutOfMemory
@@ -24,7 +24,7 @@ class QuantisedMethod:
     exact = False
 
     def __init__(self, name: str, quant: str, bench: Bench) -> None:
-        """`quant`: int8 or int4."""
+        """`quant`: int8, int4 or fp8."""
         self.name = name
         self.description = f"fused, on weights rounded to {quant} as they are loaded: {DESCRIPTIONS['fused']}"
         self.config: ResolvedConfig | None = None
@@ -46,9 +46,11 @@ class QuantisedMethod:
                 f"{self.name}: this checkpoint's weights are packed, and stay so: only plain ones are rounded; give a "
                 "checkpoint of 16 or 32 bits"
             )
-        self._check_memory()
-        settings = same_settings(base, base.config.max_num_seqs, base.config.num_blocks)
-        opened = OpenModel(replace(settings, quant=self._quant))
+        if self._quant == "fp8" and base.config.device != "cuda":
+            raise ConfigError(
+                f"{self.name}: products in fp8 need an NVIDIA GPU (--device cuda), of compute capability 8.9 or newer"
+            )
+        opened = self._open(base)
         try:
             own = Bench(opened, self._bench.clock, self._bench.sleep)
             fused = AdmissionMethod(self.name, "fused", own)
@@ -68,6 +70,18 @@ class QuantisedMethod:
         if own is not None:
             own.close()
             own.opened.close()
+
+    def _open(self, base: OpenModel) -> OpenModel:
+        settings = same_settings(base, base.config.max_num_seqs, base.config.num_blocks)
+        if base.config.device == "cpu":
+            self._check_memory()
+        else:
+            # What the base holds of the GPU is there by now, and not free any more.
+            _ = self._bench.backend
+        try:
+            return OpenModel(replace(settings, quant=self._quant))
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{self.name}: beside the base's engine, {error}{beside_text(base)}") from error
 
     def _check_memory(self) -> None:
         """The system would end the whole comparison where it runs out of memory."""

@@ -69,7 +69,7 @@ KINDS: Mapping[str, _Kind] = {
         "serial, each token computing the whole sequence again", lambda name, _, bench: NoKvCacheMethod(name, bench)
     ),
     "plain-attention": _Kind(
-        "serial on torch, attention with the whole matrix of scores in memory",
+        "serial on torch on the CPU, attention with the whole matrix of scores in memory",
         lambda name, _, bench: PlainAttentionMethod(name, bench),
     ),
     "fused-int8": _Kind(
@@ -77,6 +77,10 @@ KINDS: Mapping[str, _Kind] = {
     ),
     "fused-int4": _Kind(
         "fused, weights rounded to int4 at load", lambda name, _, bench: QuantisedMethod(name, "int4", bench)
+    ),
+    "fused-fp8": _Kind(
+        "fused, weights and activations rounded to fp8 (NVIDIA GPUs from compute capability 8.9 on)",
+        lambda name, _, bench: QuantisedMethod(name, "fp8", bench),
     ),
 }
 """Beside those that `sched.policy` names."""

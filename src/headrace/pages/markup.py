@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from importlib.resources import files
 
-from headrace.compare.answers import clean
-from headrace.compare.chart_axes import NARROW, WIDE
+from headrace.pages.chart_axes import NARROW, WIDE
+from headrace.pages.plain import clean
 
 LONG_NAME = 20
 Drawing = Callable[[float], str]
 """A figure for a width in user units."""
+
+
+def whole_page(command: str, title: str, kicker: Sequence[str], heading: str, sections: Sequence[str]) -> str:
+    """A document in itself. `command`: what wrote it; `kicker`: what it is about, in a line of short pieces."""
+    style = files("headrace.pages").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f'<p class="kicker">{safe(command)} · {" · ".join(map(safe, kicker))}</p>\n'
+        f"<h1>{safe(heading)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+    )
 
 
 def safe(text: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from unicodedata import east_asian_width
 
-from headrace.compare.answers import clean
+from headrace.pages.plain import clean
 
 WIDE, NARROW = 760.0, 360.0
 """Widths that a figure is drawn for, in user units: a page on a screen, and a phone. A unit is about a CSS pixel there,

@@ -1,0 +1,1 @@
+"""Pages: what reports share: figures and tables as HTML, plain text for terminals, files written whole."""
