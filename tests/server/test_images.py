@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from huggingface_hub import InferenceClient
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
+from headrace.server.held import FREE_BYTES, WHILE_READ
 from headrace.server.schemas_requests import PIXEL
 from headrace.testing.vision_checkpoints import TILE, tiny_vision_checkpoint
 from tests.server.conftest import Running, serving
@@ -284,6 +286,13 @@ def post_head(length: int) -> bytes:
     )
 
 
+def held_bytes(seeing: Running) -> float:
+    """What the server's metrics say."""
+    with urllib.request.urlopen(f"{seeing.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith("headrace:request_held_bytes")).rpartition(" ")[2])
+
+
 def test_slow_uploads_leave_room(seeing: Running, client: OpenAI) -> None:
     """Each byte of a body that is read counts six times: three of these would be too many."""
     length = 2 * 2**20
@@ -291,7 +300,14 @@ def test_slow_uploads_leave_room(seeing: Running, client: OpenAI) -> None:
     try:
         for one, sent in zip(slow, (length - 1, 600_000), strict=True):
             one.sendall(post_head(length) + b'{"a": "' + b"x" * (sent - 7))
-        # A third body finds no room, though the second has only begun to come.
+        # The server reads them in its own time: until then a third body would find room.
+        read = WHILE_READ * (length - 1 + 600_000 - 2 * FREE_BYTES)
+        for _ in range(200):
+            if held_bytes(seeing) == read:
+                break
+            time.sleep(0.05)
+        assert held_bytes(seeing) == read
+        # A third body finds none, though the second has only begun to come.
         messages = user(text("x" * length))
         status, found = ask(seeing, "/v1/chat/completions", {"messages": messages})
         assert (status, found["error"]["code"]) == (429, "queue_full") and "max_held_mib" in found["error"]["message"]

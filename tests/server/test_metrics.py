@@ -148,6 +148,7 @@ def busy(names: tuple[str, ...] = ALL) -> ServerMetrics:
     metrics.failed("template_error")
     metrics.failed("queue_timeout")
     metrics.failed("deadline_exceeded")
+    metrics.held(4096)
     metrics.engine(STATS, restarts=1)
     metrics.sample()
     return metrics
@@ -232,6 +233,7 @@ def test_figures() -> None:
         "engine_block_leaks_total": 5,
         "requests_received_total": 3,
         "request_images_total": 2,
+        "request_held_bytes": 4096,
         "time_to_first_token_seconds_sum": 0.02,
         "inter_token_latency_seconds_count": 5,
         "inter_token_latency_seconds_sum": 0.044,

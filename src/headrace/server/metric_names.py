@@ -110,6 +110,9 @@ OWN: Mapping[str, Family] = {
     "engine_step_seconds": Family("histogram", "Time of a step.", STEP_SECONDS),
     "requests_received_total": Family("counter", "Requests that were let in: one for each answer asked for."),
     "request_images_total": Family("counter", "Images of the requests that went to the engine."),
+    "request_held_bytes": Family(
+        "gauge", "Memory that long bodies and images of requests hold now; --max-held-mib bounds it."
+    ),
     "request_errors_total": Family("counter", "Requests that ended with an error, by its code."),
 }
 """Behind `headrace:` only, with the same labels."""

@@ -107,6 +107,7 @@ class ServerMetrics:
         self._past = EngineStats()
         self._received = 0
         self._images = 0
+        self._held_bytes = 0
         self._generated = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -220,6 +221,10 @@ class ServerMetrics:
 
     # ------------------------------------------------------------ figures of others
 
+    def held(self, num_bytes: int) -> None:
+        """What long bodies and images hold at this moment. To be called before `text`."""
+        self._held_bytes = num_bytes
+
     def engine(self, stats: EngineStats | None, restarts: int = 0) -> None:
         """The engine's newest figures, None while it does not run; how often it was started anew. To be called before
         `text`, and once a second, so that little is lost if it ends."""
@@ -311,6 +316,7 @@ class ServerMetrics:
         yield "engine_step_seconds", [(NO_LABELS, stats.step_seconds)]
         yield "requests_received_total", _one(self._received)
         yield "request_images_total", _one(self._images)
+        yield "request_held_bytes", _one(self._held_bytes)
         yield "request_errors_total", _by("code", self._errors)
 
     def _joules(self) -> Samples:

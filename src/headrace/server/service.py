@@ -295,8 +295,9 @@ class Service:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Asks the engine for its counts."""
+        """Brings up to date what is counted elsewhere: by the engine, which is asked, and by this service's room."""
         self.metrics.engine(await self.supervisor.stats(), self.supervisor.restarts)
+        self.metrics.held(self.room.held_bytes)
 
     def live(self) -> Mapping[str, object]:
         """What the page shows beside the chat."""
