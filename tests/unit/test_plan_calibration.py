@@ -322,16 +322,18 @@ def test_accuracy_by_quantity(store: Store) -> None:
     document = accuracy(store)
     (table,) = document.tables
     rows = {row[0]: dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows}
-    assert set(rows) == {"itl_s", "rare"}
+    assert set(rows) == {"ITL", "rare"}
     rare = rows["rare"]
-    assert rare["error"] == pytest.approx(20) and rare["inside ×/÷ 2"] == 100 and rare["inside 80%"] is None
-    itl = rows["itl_s"]
-    assert itl["pairs"] == 40 and itl["of"] == 20 and isinstance(itl["inside 80%"], float) and itl["inside 80%"] >= 55
+    assert rare["error"] == pytest.approx(20) and rare["within factor 2"] == 100
+    assert rare["in the 80% interval"] is None and rare["pairs with one"] == 0
+    itl = rows["ITL"]
+    assert itl["pairs"] == 40 and itl["pairs with one"] == 20
+    assert isinstance(itl["in the 80% interval"], float) and itl["in the 80% interval"] >= 55
     assert isinstance(itl["error"], float) and isinstance(itl["error of the formula"], float)
     assert itl["error"] < 0.6 * itl["error of the formula"]
     assert isinstance(itl["factor now"], float) and abs(math.log(itl["factor now"]) - 0.4) < 0.15
     for quantity in document.quantities:
         assert quantity.formula and quantity.source and quantity.basis == "measured"
-    assert all(column.formula and column.source for column in table.columns[4:])
+    assert all(column.formula and column.source for column in table.columns[2:])
     assert len(document.plots[0].series) == 3
     assert LEVEL == 0.8 and document.data["pairs"] == 41

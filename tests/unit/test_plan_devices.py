@@ -134,10 +134,8 @@ def test_rates_lie_between_what_was_measured() -> None:
     assert PROFILE.gemm_rate("float32", 1000) == PROFILE.gemm_rate("float32", 100) == pytest.approx(1000e9)
     assert PROFILE.gemm_rate("float32", 64, n=576) == pytest.approx(5e9)
     assert PROFILE.read_bandwidth() == pytest.approx(100e9)
-    assert PROFILE.read_bandwidth(2**24) == pytest.approx(200e9)
     assert PROFILE.step_seconds(1) == pytest.approx(20e-6)
     assert PROFILE.step_seconds(63) == pytest.approx(82e-6)
-    assert PROFILE.stream == {"triad": 91e9}
     assert PROFILE.kv_bandwidth("int8") == pytest.approx(50e9)
 
 
@@ -170,17 +168,26 @@ def test_a_steady_quiet_probe_is_repeatable() -> None:
 def test_a_noisy_probe_says_so_and_keeps_its_spread() -> None:
     noisy = replace(PROFILE, figures=(*FIGURES, gemm("int8", 1, 2048, 80e9, 100e9, 112e9)))
     assert not noisy.repeatable
-    assert noisy.verdict.startswith("too noisy, spread 32%: 1 figures")
+    assert noisy.verdict.startswith("too noisy, spread 32%: 1 of 10 figures vary by more than 5%")
     assert noisy.figures[-1].verdict == "too noisy, spread 32%"
     # A disk and the times of steps are judged by themselves.
     assert replace(PROFILE, figures=(*FIGURES, Figure("disk", {}, "bytes/s", (1e9, 2e9, 3e9)))).repeatable
 
 
 def test_a_probe_of_a_busy_machine_is_not_called_repeatable() -> None:
-    busy = replace(PROFILE, machine=replace(MACHINE, busy_cores=4.5))
+    # A tenth of the cores is the most: what others take, figures of all cores lose.
+    busy = replace(PROFILE, machine=replace(MACHINE, busy_cores=0.9))
     assert not busy.repeatable
-    assert "other programs used 4.5 of 8 cores" in busy.verdict
-    assert replace(PROFILE, machine=replace(MACHINE, busy_cores=4.0)).repeatable
+    assert "other programs used 0.9 of 8 cores" in busy.verdict
+    assert replace(PROFILE, machine=replace(MACHINE, busy_cores=0.8)).repeatable
+
+
+def test_fewer_than_three_rounds_are_not_called_repeatable() -> None:
+    once = replace(PROFILE, figures=[replace(one, rounds=one.rounds[:1]) for one in FIGURES])
+    assert not once.repeatable and "1 of 3 rounds" in once.verdict
+    assert once.figures[0].verdict == "1 of 3 rounds" and FIGURES[0].verdict == "repeatable"
+    empty = replace(PROFILE, figures=())
+    assert not empty.repeatable and "0 of 3 rounds" in empty.verdict
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -224,6 +231,7 @@ MACHINE_JSON = PROFILE.as_json()["machine"]
         spoil({"figures": [FIGURE | {"name": 1}]}),
         spoil({"figures": [FIGURE | {"of": {"weights": "int8"}}]}),
         spoil({"figures": [FIGURE | {"of": {"rows": []}}]}),
+        spoil({"figures": [FIGURE | {"name": "card", "of": {"memory_bytes": 1}}]}),
         '{"format": "headrace-probe-1", "seconds": NaN}',
     ],
 )

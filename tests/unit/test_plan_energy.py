@@ -83,7 +83,7 @@ def test_the_published_table_to_the_digit() -> None:
 def test_the_sign_is_said_in_words() -> None:
     rule, *rest = plan("--preset", "nvlm-study").notes
     assert "a negative figure, in parentheses, is a cost, not a saving" in rule
-    assert "uses 81,824 kWh a year more than the 0.1179 Intel dual SPR 8480C nodes" in rule
+    assert "uses 81,824 kWh a year more than the 0.1179 nodes of Intel dual SPR 8480C" in rule
     assert "an extra cost of $14,728.31 a year" in rule
     assert any("on the same six A100" in note for note in rest)
 
@@ -149,19 +149,42 @@ def test_claims_that_contradict_each_other_have_no_interval() -> None:
 
 @pytest.mark.parametrize(
     ("base", "other"),
-    [("A100", "a100"), ("NVIDIA A100-80GB", "A100"), ("6 x A100", "A100 80 GB"), ("My card", "my-card")],
+    [
+        ("A100", "a100"),
+        ("6 x NVIDIA A100-SXM4-80GB", "A100 80 GB"),
+        ("H100", "NVIDIA H100 80GB HBM3"),
+        ("AMD EPYC 7763 64-Core Processor", "EPYC 7763"),
+        ("Intel(R) Xeon(R) Platinum 8480C", "8480C"),
+        ("spr", "8480C"),
+        ("My card", "my-card"),
+    ],
 )
 def test_a_ratio_of_one_device_with_itself_is_refused(base: str, other: str) -> None:
     with pytest.raises(InvalidParameter, match=r"^gpu_vs_cpu_speedup: .*different devices"):
-        plan("--gpu-vs-cpu-speedup", "3.3", "--base-device", base, "--other-device", other)
+        plan("--gpu-vs-cpu-speedup", "3.3", "--base-device", base, "--other-device", other, *NODES)
 
 
-def test_a_speedup_needs_both_devices_by_name() -> None:
-    with pytest.raises(InvalidParameter, match=r"^other_device: got None"):
-        plan("--gpu-vs-cpu-speedup", "40", "--base-device", "EPYC")
+@pytest.mark.parametrize(
+    ("base", "other"), [("A10", "A100"), ("A100-40GB", "A100-80GB"), ("H100 SXM5", "H100 PCIe"), ("AMD", "Intel")]
+)
+def test_other_devices_are_not_taken_for_one(base: str, other: str) -> None:
+    assert not energy.same_device(base, other)
 
 
-SIDES = ("--base-device", "EPYC 7763", "--base-used", "64", "--base-per-node", "128", "--other-device", "L4")
+NODES = (
+    *("--base-used", "64", "--base-per-node", "128", "--base-node-kw", "0.8"),
+    *("--other-used", "2", "--other-per-node", "8", "--other-node-kw", "1.2"),
+)
+SIDES = ("--base-device", "EPYC 7763", "--other-device", "L4", *NODES)
+
+
+@pytest.mark.parametrize("flag", ["--other-device", "--base-used", "--other-per-node", "--other-node-kw"])
+def test_a_speedup_needs_both_sides_whole(flag: str) -> None:
+    """No published figure of another node stands in for what was not given."""
+    place = SIDES.index(flag)
+    field = flag[2:].replace("-", "_")
+    with pytest.raises(InvalidParameter, match=rf"^{field}: got None"):
+        plan("--gpu-vs-cpu-speedup", "40", *SIDES[:place], *SIDES[place + 2 :])
 
 
 def test_measured_seconds_give_the_speedup_and_its_interval() -> None:
@@ -169,15 +192,27 @@ def test_measured_seconds_give_the_speedup_and_its_interval() -> None:
     speedup = quantity(answer, "gpu_vs_cpu_speedup")
     assert (speedup.value, speedup.low, speedup.high) == (50, 36, pytest.approx(110 / 1.8))
     assert speedup.basis == "measured"
-    assert quantity(answer, "energy saved").low is not None
-    assert quantity(answer, "base (node of EPYC 7763): devices used").basis == "given"
+    # A quarter of an L4 node against half an EPYC node: 50 / 36 / 61.1 x 2 nodes of 0.8 kW against one of 1.2 kW.
+    saved = quantity(answer, "energy saved")
+    assert saved.value == pytest.approx(8760 * (100 * 0.8 - 1.2))
+    assert saved.low == pytest.approx(8760 * (72 * 0.8 - 1.2))
+    assert quantity(answer, "cost saved").low == pytest.approx(0.18 * 8760 * (72 * 0.8 - 1.2))
+    assert {one.basis for one in answer.quantities if one.name.startswith(("base (", "other ("))} == {"given"}
+    assert answer.data["comparison"]["significant"] is True  # type: ignore[index]
+
+
+def test_one_measurement_says_nothing_of_significance() -> None:
+    answer = plan(*SIDES, "--base-seconds", "100", "--other-seconds", "2,1.8,2.5")
+    assert answer.data["comparison"]["significant"] is None  # type: ignore[index]
+    assert "measured once" in answer.notes[0]
+    assert quantity(answer, "energy saved").low is None
 
 
 def test_within_the_spread_there_is_no_significant_difference() -> None:
     even = energy.break_even_speedup(STUDY_CPU, STUDY_GPU, network=True)
     scattered = measured_speedup([even * 0.9, even, even * 1.1], [1.0, 1.0, 1.0], rates=False)
     found = compare(STUDY_CPU, STUDY_GPU, scattered, Load())
-    assert not found.significant and "no significant difference" in energy.sign_sentence(found)
+    assert found.significant is False and "no significant difference" in energy.sign_sentence(found)
     clear = measured_speedup([even * 1.2, even * 1.3, even * 1.4], [1.0, 1.0, 1.0], rates=False)
     assert compare(STUDY_CPU, STUDY_GPU, clear, Load()).significant
 
@@ -185,13 +220,15 @@ def test_within_the_spread_there_is_no_significant_difference() -> None:
 def test_throughputs_also_give_figures_of_a_million_tokens() -> None:
     answer = plan(*SIDES, "--base-tokens-per-s", "10", "--other-tokens-per-s", "500")
     assert number(answer, "gpu_vs_cpu_speedup") == 50
-    kwh = number(answer, "energy, node of L4")
-    # 4 of 8 devices of a node of 9.29 kW and its network, a million tokens at 500/s.
-    assert kwh == pytest.approx((9.29 + 4 * 0.0464366) / 2 * 1e6 / 500 / 3600)
-    assert number(answer, "power cost, node of L4") == pytest.approx(0.18 * kwh)
-    assert number(answer, "CO₂, node of L4") == pytest.approx(709 * kwh)
+    # 2 of 8 devices of a node of 1.2 kW, a million tokens at 500/s: 2000 s at 0.3 kW.
+    kwh = number(answer, "energy, L4")
+    assert kwh == pytest.approx(0.3 * 2000 / 3600)
+    assert number(answer, "power cost, L4") == pytest.approx(0.18 * kwh)
+    assert number(answer, "CO₂, L4") == pytest.approx(709 * kwh)
+    switched = plan(*SIDES, "--base-tokens-per-s", "10", "--other-tokens-per-s", "500", "--other-network-kw", "0.4")
+    assert number(switched, "energy, L4") == pytest.approx(0.4 * 2000 / 3600)
     known = plan(*SIDES, "--gpu-vs-cpu-speedup", "50", "--other-tokens-per-s", "500")
-    assert number(known, "energy, node of EPYC 7763") == number(answer, "energy, node of EPYC 7763")
+    assert number(known, "energy, EPYC 7763") == number(answer, "energy, EPYC 7763")
 
 
 def test_pue_country_and_equivalents() -> None:
@@ -221,8 +258,16 @@ def test_cost_of_a_request_and_of_tokens() -> None:
     assert cost_per_request(3.6, 2) == pytest.approx(0.0005)
     assert cost_per_million_tokens(3.67, 1857) == pytest.approx(3.67e6 / (3600 * 1857))
     answer = plan("--gpu", "a100", "--requests-per-s", "2", "--tokens-per-s", "1857")
-    assert number(answer, "price of an hour") == 3.67
-    assert number(answer, "cost of a million tokens") == pytest.approx(0.549, abs=5e-4)
+    assert number(answer, "rent of an hour") == 3.67
+    assert number(answer, "cost of a million tokens, rented") == pytest.approx(0.549, abs=5e-4)
+    # 1 $ an hour over 10,000 hours of use, and as much for power.
+    both = plan(
+        *("--price", "10000", "--kw", "10", "--price-per-kwh", "0.1", "--life-years", "5", "--hours-per-year", "2000"),
+        *("--rent-per-hour", "3", "--requests-per-s", "1"),
+    )
+    assert number(both, "TCO of an hour of use") == pytest.approx(2)
+    assert number(both, "cost of a request, owned") == pytest.approx(2 / 3600)
+    assert number(both, "cost of a request, rented") == pytest.approx(3 / 3600)
 
 
 def test_total_cost_of_ownership_and_break_even() -> None:
@@ -237,6 +282,10 @@ def test_total_cost_of_ownership_and_break_even() -> None:
     answer = plan("--price", "17520", "--kw", "0", "--rent-per-hour", "2", "--life-years", "1")
     assert number(answer, "buying beats renting after") == 8760
     assert any("(1 years at 8760 hours a year), within its life" in note for note in answer.notes)
+    late = plan(
+        "--price", "17520", "--kw", "0", "--rent-per-hour", "2", "--life-years", "3", "--hours-per-year", "2000"
+    )
+    assert any("(4.38 years at 2000 hours a year), later than its life" in note for note in late.notes)
     never = plan("--price", "10000", "--kw", "10", "--rent-per-hour", "1")
     assert quantity(never, "buying beats renting after").value is None
     assert any("Renting stays cheaper" in note for note in never.notes)
@@ -248,6 +297,7 @@ def test_options_within_the_spread_are_no_significant_difference() -> None:
     assert [row[-1] for row in table.rows] == [CHEAPEST, NO_DIFFERENCE, "15 x the cheapest"]
     assert any("without a spread: h100" in note for note in table.notes)
     assert verdicts([]) == []
+    assert any("Mélange" in column.source for column in table.columns)
     free = Option("free", 0, [1]), Option("paid", 1, [1])
     assert verdicts(free) == [CHEAPEST, "dearer"]
 
@@ -290,6 +340,16 @@ def test_accounting_is_the_same_for_both_signs(value: float, places: int) -> Non
         (("--preset", "nvlm-study", "--base-node-kw", "-1"), "base_node_kw"),
         (("--preset", "nvlm-study", "--other-network-kw", "-1"), "other_network_kw"),
         (("--preset", "nvlm-study", "--gpu-vs-cpu-speedup", "nan"), "gpu_vs_cpu_speedup"),
+        (("--preset", "nvlm-study", "--gpu-vs-cpu-speedup", "1e-300"), "gpu_vs_cpu_speedup"),
+        (("--preset", "nvlm-study", "--years", "1e300"), "years"),
+        (("--preset", "nvlm-study", "--base-device", "L4"), "base_device"),
+        (("--preset", "nvlm-study", "--other-tokens-per-s", "500,-3"), "other_tokens_per_s"),
+        (("--preset", "tensorrt-llm", "--grid", "world"), "grid"),
+        (("--preset", "tensorrt-llm", "--other-tokens-per-s", "5"), "base_tokens_per_s"),
+        ((*SIDES, "--base-device", " ", "--gpu-vs-cpu-speedup", "2"), "base_device"),
+        (("--rent-per-hour", "1", "--tokens-per-s", "1", "--pue", "1.2"), "pue"),
+        (("--rent-per-hour", "1", "--tokens-per-s", "1", "--gpu", "L4"), "gpu"),
+        (("--rent-per-hour", "1", "--tokens-per-s", "1", "--life-years", "2"), "life_years"),
         (("--gpu-vs-cpu-speedup", "2", "--base-seconds", "1"), "gpu_vs_cpu_speedup"),
         ((*SIDES, "--base-seconds", "1,x", "--other-seconds", "1"), "base_seconds"),
         ((*SIDES, "--base-seconds", "1"), "other_seconds"),
@@ -300,15 +360,24 @@ def test_accounting_is_the_same_for_both_signs(value: float, places: int) -> Non
         (("--rent-per-hour", "1"), "rent_per_hour"),
         (("--rent-per-hour", "1", "--requests-per-s", "0"), "requests_per_s"),
         (("--gpu", "h200"), "gpu"),
-        (("--gpu", "abacus"), "device"),
+        (("--gpu", "abacus"), "gpu"),
         (("--price", "1"), "kw"),
         (("--price", "1", "--kw", "1", "--life-years", "0"), "life_years"),
         (("--option", "a:b"), "option"),
         (("--option", "a:x:1"), "option"),
         (("--option", "a:1:0"), "option"),
+        (("--option", "a::3"), "option"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_field(words: tuple[str, ...], field: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
         plan(*words)
     assert caught.value.field == field and "\n" not in str(caught.value)
+
+
+def test_the_largest_figures_are_still_printed() -> None:
+    huge = "1e12"
+    answer = plan(
+        "--preset", "nvlm-study", "--years", huge, "--price-per-kwh", huge, "--pue", huge, "--base-used", huge
+    )
+    assert "inf" not in str(answer.data)

@@ -19,12 +19,13 @@ from headrace.core import sizing
 from headrace.core.errors import BackendUnavailable, InvalidParameter
 from headrace.plan.gemm import FOLDS, METHODS, Ceilings, Forest, HeldOut, Predictor, Score, hold_out, split
 from headrace.plan.gemm_document import describe
-from headrace.plan.gemm_sweep import BITS, SHAPES, Point, Product, Sweep, measure_sweep, read_sweep, sweep_text
+from headrace.plan.gemm_sweep import SHAPES, Point, Product, Sweep, measure_sweep, read_sweep, sweep_text
+from headrace.plan.probe_programs import BITS, Programs
 
 SOME = [(n, k) for k in (256, 1024, 4096) for n in (64, 512, 1024, 3072)]
 ROWS = (1, 4, 16, 64, 256)
 PEAKS = {"float32": 100e9, "bfloat16": 100e9, "int8": 400e9, "int4": 400e9}
-EMPTY = Sweep((), "a CPU", 2, "avx2", "0.1.0", "2026-01-01T00:00:00+00:00", 0.1)
+EMPTY = Sweep((), "a CPU", 2, 2, "avx2", "0.1.0", "2026-01-01T00:00:00+00:00", 0.1)
 
 
 def made_up(product: Product, random: Random) -> float:
@@ -134,9 +135,13 @@ def test_predictions(predictor: Predictor) -> None:
     inside, outside = predictor.predict([product, Product(1, 49152, 576, "float32")])
     truth = made_up(product, Random(0))
     assert inside.method == "forest" and inside.inside and abs(inside.seconds / truth - 1) < 0.3
-    assert inside.low < inside.seconds < inside.high
+    assert inside.low is not None and inside.high is not None and inside.low < inside.seconds < inside.high
     assert inside.joules is None
     assert not outside.inside and outside.method == "scaled roofline"
+    assert outside.low is outside.high is None
+    # Neither n nor k is larger than in the sweep, but no weight there was so large.
+    gap = Predictor(replace(EMPTY, points=[one for one in predictor.sweep.points if one.product.shape != (3072, 4096)]))
+    assert not gap.predict([Product(8, 3072, 4096, "int8")])[0].inside
     with pytest.raises(InvalidParameter, match=r"product\.precision: got 'bfloat16', allowed: float32, int8"):
         predictor.predict([Product(1, 64, 64, "bfloat16")])
 
@@ -204,10 +209,8 @@ def test_power_is_measured_where_there_is_a_meter() -> None:
 
 @pytest.mark.parametrize("precision", BITS)
 def test_bytes_are_those_of_the_native_backend(precision: str) -> None:
-    from headrace.backends.native import _kernels
-    from headrace.plan.gemm_sweep import _pack
-
-    weight = _pack(_kernels.Packer(1), 64, 256, precision)
+    pytest.importorskip("headrace.backends.native._kernels")
+    (weight,) = Programs(1).pack(64, 256, precision)
     assert weight.nbytes == sizing.product_bytes(0, 64, 256, BITS[precision])
     assert sizing.product_flops(2, 3, 5) == 60 and sizing.product_bytes(2, 3, 5, 16) == 30 + 4 * 2 * 8
 
@@ -236,6 +239,8 @@ def test_a_sweep_survives_its_file(tmp_path: Path) -> None:
         (lambda data: data.update(points=3), "sweep: got"),
         (lambda data: data.pop("threads"), r"sweep\.threads: got None"),
         (lambda data: data.update(threads=True), r"sweep\.threads: got True"),
+        (lambda data: data.update(cores=0), r"sweep\.cores: got 0"),
+        (lambda data: data.update(busy_cores=-1.0), r"sweep\.busy_cores: got -1\.0"),
         (lambda data: data["points"].append([1, 2]), r"sweep\.points\[120\]: got \[1, 2\]"),
         (lambda data: data["points"][0].__setitem__(0, 0), r"points\[0\].*product\.m: got 0"),
         (lambda data: data["points"][1].__setitem__(3, "int3"), r"points\[1\].*product\.precision: got 'int3'"),
@@ -304,9 +309,9 @@ def test_the_command_on_a_saved_sweep(tmp_path: Path) -> None:
 
 def test_a_busy_machine_and_an_outside_product_are_said(predictor: Predictor) -> None:
     busy = copy(predictor)
-    busy.sweep = replace(predictor.sweep, load=3.0)
+    busy.sweep = replace(predictor.sweep, busy_cores=1.2)
     notes = describe(busy, [Product(1, 49152, 576, "int8")]).notes
-    assert any("busy during the sweep (load average 3.0, 2 threads)" in note for note in notes)
+    assert any("busy during the sweep: other programs used 1.2 of 2 cores" in note for note in notes)
     assert any("Outside of what was swept" in note for note in notes)
     assert not any("busy" in note or "Outside" in note for note in describe(predictor, []).notes)
 

@@ -58,7 +58,12 @@ def profile() -> Profile:
     """Round figures, so that predictions can be done by hand."""
     figures = [
         Figure("gemm", {"weights": kind, "rows": rows, "n": 2048, "k": 2048}, "FLOP/s", (rate,))
-        for kind, few, many in (("int4", 1e11, 1e12), ("int8", 1e11, 1e12), ("float32", 1e10, 1e11))
+        for kind, few, many in (
+            ("int4", 1e11, 1e12),
+            ("int8", 1e11, 1e12),
+            ("bfloat16", 2e10, 1e11),
+            ("float32", 1e10, 1e11),
+        )
         for rows, rate in ((1, few), (100, many))
     ]
     for dtype in ("bfloat16", "float32"):
@@ -113,6 +118,15 @@ def test_a_step_by_its_parts() -> None:
     scores = flops.causal_flops(spec, 1024)
     assert many["attention"] == pytest.approx(scores / 1e11 * padding(1024) / padding(512))
     assert many["operations"] == pytest.approx(2 * (operations(spec) * 1e-6 + COLD * 2e-5))
+
+
+def test_weights_of_16_bits_are_computed_at_their_own_rate() -> None:
+    subject = read_subject("smollm2-135m")
+    for weights, rate in ((native_weights(subject), 2e10), (native_weights(subject, "none", "float32"), 1e10)):
+        speed = ProbedSpeed(subject.spec, weights, profile(), "float32")
+        parts = speed.parts_s(decode_work(subject.spec, 1, 100, "float32"))
+        assert parts["layers"] == pytest.approx(2 * 106_168_320 / rate)
+        assert parts["head"] == pytest.approx(2 * 49_152 * 576 / rate)
 
 
 def test_an_expert_meets_the_tokens_that_chose_it() -> None:

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cli import plan_offload
-from headrace.core.errors import BackendUnavailable, InputFileError, InvalidParameter
+from headrace.core.errors import BackendUnavailable, ConfigError, InputFileError, InvalidParameter
 from headrace.core.sizing import weight_bytes
 from headrace.core.sizing_work import LayerLoad, infinity_parameters, infinity_state_bytes
 from headrace.plan import placement
 from headrace.plan.devices import find_device
 from headrace.plan.document import Document
-from headrace.plan.fragments import deepspeed_inference
+from headrace.plan.fragments import deepspeed_inference, inference_notes
 from headrace.plan.json import as_json
 from headrace.plan.offload import (
     TIERS,
@@ -49,7 +49,7 @@ from headrace.plan.offload_machine import (
     machine_of,
     task_of,
 )
-from headrace.plan.profile import Figure, Machine, Profile, write_profile
+from headrace.plan.profile import Figure, Machine, Profile, default_path, write_profile
 from headrace.plan.subject import read_subject
 
 GB = 10**9
@@ -143,6 +143,17 @@ def test_without_prefetch_a_layer_takes_the_sum() -> None:
     busy = times(TASK, RATES, Block(4), policy).decode.busy
     alone = times(TASK, replace(RATES, overlap="none"), Block(4), policy).decode.seconds
     assert alone == pytest.approx(sum(busy.values())) and alone > max(busy.values())
+
+
+def test_the_head_takes_its_part_of_every_token() -> None:
+    """A head of 32 MB at 100 GB/s for each of two batches; with many rows its FLOPs instead: 2 · 8 · 16e9 / 5e12."""
+    policy, block = Policy(DEVICE, DEVICE, DEVICE), Block(8, 2)
+    without = times(TASK, RATES, block, policy)
+    with_head = times(replace(TASK, head_flops=32e6, head_bytes=32e6), RATES, block, policy)
+    assert with_head.head == pytest.approx(2 * 32e6 / 100e9)
+    assert with_head.total - without.total == pytest.approx(16 * with_head.head)
+    assert times(replace(TASK, head_flops=16e9), RATES, block, policy).head == pytest.approx(2 * 8 * 16e9 / 5e12)
+    assert task_of(read_subject("llama-2-7b").spec, "bf16", "bfloat16", 8, 8).head_bytes == 2 * 32_000 * 4096
 
 
 def test_everything_on_the_device_moves_nothing() -> None:
@@ -301,6 +312,9 @@ def test_the_command_writes_zero_inference(tmp_path: Path) -> None:
 def test_zero_inference_without_a_disk_and_without_offloading() -> None:
     host = deepspeed_inference(Block(4), Policy(HOST, DEVICE, DEVICE), 10, 10)
     assert host["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}
+    assert inference_notes(Policy(HOST, DEVICE, DEVICE)) == []
+    half = inference_notes(Policy((0.5, 0.5, 0.0), HOST, DEVICE))
+    assert "the 50 % that the placement keeps" in half[0] and "KV cache" in half[1]
     kept = deepspeed_inference(Block(4), Policy(DEVICE, DEVICE, DEVICE), 10, 10)
     assert kept["zero_optimization"] == {"stage": 0}
 
@@ -310,7 +324,15 @@ def test_zero_inference_without_a_disk_and_without_offloading() -> None:
     [
         ([], "model: got None"),
         (["llama-2-7b", "--checks"], "model: got 'model, checks'"),
-        (["llama-2-7b", "--device", "4090"], "host: got None"),
+        (
+            ["llama-2-7b", "--device", "epyc", "--link", "8"],
+            "link: got 8.0, allowed: to leave it out, or --device NAME",
+        ),
+        (["llama-2-7b", "--device", "epyc", "--deepspeed", "x"], "deepspeed: got 'x', allowed: beside --device NAME"),
+        (
+            ["llama-2-7b", "--device", "t4", "--host", "epyc", "--form", "int4", "--deepspeed", "x"],
+            "form: got 'int4', allowed: bf16 with --deepspeed",
+        ),
         (["llama-2-7b", "--device", "4090", "--host", "H100"], "host: got 'H100', allowed: a CPU"),
         (["llama-2-7b", "--device", "RTX-1"], "device: got 'RTX-1', allowed: A100"),
         (
@@ -322,7 +344,12 @@ def test_zero_inference_without_a_disk_and_without_offloading() -> None:
         (["llama-2-7b", "--device", "t4", "--host", "epyc", "--share", "1.5"], "share: got 1.5"),
         (["llama-2-7b", "--device", "t4", "--host", "epyc", "--disk-read", "nan"], "disk_read: got nan"),
         (["llama-2-7b", "--device", "t4", "--host", "epyc", "--disk-memory", "5"], "disk_read: got None"),
-        (["--preset", "opt-30b", "--deepspeed", "x.json"], "deepspeed: got 'x.json', allowed: with MODEL"),
+        (
+            ["--preset", "opt-30b", "--deepspeed", "x.json"],
+            "deepspeed: got 'x.json', allowed: to leave it out with --p",
+        ),
+        (["--preset", "opt-30b", "--prompt", "64"], "prompt: got 64, allowed: to leave it out with --preset"),
+        (["--checks", "--device", "H100"], "device: got 'H100', allowed: to leave it out with --checks"),
     ],
 )
 def test_bad_input_is_named(words: list[str], error: str) -> None:
@@ -358,8 +385,21 @@ def test_a_probed_machine_alone_and_as_a_host(tmp_path: Path) -> None:
     link = next(one for one in host.quantities if one.name == "at most, by the host link")
     assert link.basis == "measured" and "at 25.00 GB/s" in link.note
     assert any("data sheets" in note for note in host.notes)
-    with pytest.raises(InvalidParameter, match="device: got None"):
+    with pytest.raises(InvalidParameter, match=r"host_memory: got 8.0, .*--device NAME of a GPU"):
         ask("llama-2-7b", "--profile", profile, "--host-memory", "8")
+
+
+def test_the_host_of_a_device_is_the_machine_that_was_probed_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    words = ["llama-2-7b", "--device", "t4", "--device-memory", "8", "--sequences", "4"]
+    with pytest.raises(ConfigError, match=r"not probed yet .*--device NAME and --host NAME"):
+        ask(*words)
+    folder = default_path(tmp_path / "headrace").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(probed(folder)).rename(default_path(tmp_path / "headrace"))
+    assert "a CPU" in ask(*words).title
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 from headrace.cli import plan as command
 from headrace.cli.main import build_parser, main
 from headrace.pages.chart_axes import NARROW, WIDE
+from headrace.pages.plain import clean
 from headrace.pages.terminal import console
 from headrace.plan.document import Column, Document, Plot, Quantity, Series, Table
 from headrace.plan.json import as_json, plain
-from headrace.plan.numbers import column_texts, interval_text, number_text, source_text, value_text
+from headrace.plan.numbers import column_texts, interval_text, is_number, number_text, source_text, value_text
 from headrace.plan.page import page
 from headrace.plan.plots import MOST_POINTS, chart, has_points, undrawn
 from headrace.plan.text import MOST_ROWS, UNTOLD, show
@@ -116,7 +118,7 @@ class TestNumbers:
 
     def test_a_column_of_many_sizes_is_left_as_it_is(self) -> None:
         assert column_texts([1e-3, 12_345_678.9]) == ["0.001", "12,345,679"]
-        assert column_texts([0.218, 6300.219]) == ["0.218", "6,300.2"]
+        assert column_texts([0.218, 6300.219]) == ["0.218", "6,300"]
 
     @given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3)), max_size=6))
     def test_any_column(self, values: list[Any]) -> None:
@@ -138,11 +140,29 @@ class TestNumbers:
         assert interval_text(Quantity("a", 1.0)) == ""
         assert interval_text(Quantity("a", 1.0, high=0.5)) == "– to 0.5"
 
+    @pytest.mark.parametrize(
+        ("quantity", "text"),
+        [
+            (Quantity("a", 0.0072969, "s", low=0.00365, high=0.0146), "0.0073 s"),
+            (Quantity("a", 4581.2, "tokens/s", low=2290.4, high=9162.2), "4,580 tokens/s"),
+            (Quantity("a", 657_602_250.3, "B", low=6.4e8, high=6.7e8), "658,000,000 B (628 MiB)"),
+            (Quantity("a", 38.312, "GB/s", basis="measured"), "38.3 GB/s"),
+            (Quantity("a", 32_768, "KiB", basis="measured"), "32,768 KiB"),
+            (Quantity("a", math.nan, "s", low=math.nan, high=math.inf), "not a number s"),
+        ],
+    )
+    def test_what_is_unsure_has_three_digits(self, quantity: Quantity, text: str) -> None:
+        assert value_text(quantity) == text
+
+    def test_spaces_and_joiners_of_other_scripts_are_text(self) -> None:
+        assert clean("東京\u3000駅 1\xa0000 می\u200cروم") == "東京\u3000駅 1\xa0000 می\u200cروم"
+        assert clean("\x1b[2J\u202e\u200b\x9b") == "\N{REPLACEMENT CHARACTER}[2J" + "\N{REPLACEMENT CHARACTER}" * 3
+
 
 class TestText:
     def test_everything_is_there(self) -> None:
         told = shown(planted())
-        for piece in ("6,738,415,616", "12.55 GiB", "0.08 to 0.2", "calibrated", "[1] no meter", "A note.", "93.46"):
+        for piece in ("6,738,415,616", "12.55 GiB", "0.08 to 0.2", "calibrated", "[1] no meter", "A note.", "93.5"):
             assert piece in told, piece
         assert "7 more rows" in told and "(no rows)" in told and "Roofline; nothing" in told
         assert "n / ITL" not in told
@@ -163,6 +183,12 @@ class TestText:
         told = shown(Document("wide", tables=[Table("wide", columns, [[n * 1000.5 for n in range(12)]])]), width=width)
         assert all(f"column{n}" in told for n in range(12)) and "11,006" in told
         assert max(map(len, told.splitlines())) <= width
+
+    def test_what_names_a_row_is_repeated_where_it_is_narrow(self) -> None:
+        columns = [Column("quantity"), Column("machine"), *(Column(f"column{n}") for n in range(4))]
+        rows = [["ITL", "ours", 1, 2, 3, 4], ["ITL", "theirs", 5, 6, 7, 8]]
+        told = shown(Document("d", tables=[Table("t", columns, rows, named_by=2)]), width=40)
+        assert told.count("theirs") == told.count("ours") == 2
 
     def test_an_empty_document(self) -> None:
         assert shown(Document("nothing"), explain=True).startswith("nothing")
@@ -273,6 +299,13 @@ class TestPlots:
         for one in root.iter("circle"):
             assert 0 <= float(one.attrib["cx"]) <= wide and 0 <= float(one.attrib["cy"]) <= high
 
+    def test_a_long_name_of_the_key_goes_on_in_the_next_line(self) -> None:
+        name = "int8 × int8 or int4: memory 32 GB/s, peak 605 GFLOP/s"
+        drawing = chart(Plot("p", "x", "y", [Series(name, [(0, 1), (1, 2)]), Series("b", [(0, 2)])]), NARROW)
+        check_drawing(drawing)
+        texts = [one.text or "" for one in ElementTree.fromstring(drawing).iter("text")]
+        assert any(f"{one} {other}" == name for one, other in pairwise(texts))
+
     def test_a_spike_among_many_points_stays(self) -> None:
         points = [(float(x), 1000.0 if x == 12_345 else 1.0) for x in range(50_000)]
         drawing = chart(Plot("p", "x", "y", [Series("a", points)]), WIDE)
@@ -378,6 +411,9 @@ def test_every_number_has_a_formula_and_a_source(words: str) -> None:
         assert one.formula and source_text(one), one.name
     for table in document.tables:
         assert all(len(row) == len(table.columns) for row in table.rows), table.title
+        for index, column in enumerate(table.columns[table.named_by :], table.named_by):
+            if any(is_number(row[index]) for row in table.rows):
+                assert column.formula and column.source, (table.title, column.name)
     told = shown(document, explain=True)
     assert told.count("formula: ") == len(document.quantities) and UNTOLD not in told
     assert json.loads(as_json(document))["title"] == document.title

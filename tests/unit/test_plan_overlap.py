@@ -168,6 +168,7 @@ def test_an_unknown_model_names_the_known_ones() -> None:
 def test_says_where_a_batch_does_not_fit() -> None:
     assert "there is room" in run("--nano", "1").notes[0]
     assert "no such batch" in run("--nano", "1", "--batch", "8192").notes[0]
+    assert "evenly to 7 GPUs" in run("--nano", "1", "--gpus", "7").notes[1]
     found = run("--nano", "1", "--device", "L4", "--gpus", "4").notes[0]
     assert f"{weight_bytes(LLAMA.spec) / 1e9:,.1f} GB, do not fit" in found
 
@@ -273,6 +274,18 @@ def test_each_finished_row_wastes_exactly_the_lag(lengths: list[int], slots: int
     assert found.computed == sum(lengths) + found.wasted
     assert found.steps >= max((length + lag for length in lengths), default=0)
     assert found.computed <= found.steps * slots
+
+
+def test_rows_that_end_late_are_counted_at_once() -> None:
+    """Two slots, lengths 3, 5, 2, one late: 4 steps of two rows, 2 of the second and third, 1 of the third alone."""
+    found = retire([3, 5, 2], 2, 1)
+    assert (found.steps, found.computed, found.wasted) == (7, 13, 3)
+    assert retire([10**7] * 64, 16, 1).steps == 4 * (10**7 + 1)
+
+
+def test_a_need_too_small_to_count_holds_up_nobody() -> None:
+    trickle = 0.7e-12
+    assert shares([[0.0, 0.0, 1.0], [1.0, 0.0, trickle], [0.0, 1.0, trickle]]) == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize(("lengths", "slots", "lag"), [([0], 1, 1), ([1], 0, 1), ([1], 1, -1)])

@@ -251,6 +251,7 @@ def test_largest_rise_within_a_window() -> None:
     assert run.largest_rise(2) == pytest.approx(0.2)
     assert run.largest_rise(4) == pytest.approx(0.35)
     assert run.largest_rise(100) == pytest.approx(0.4)
+    assert replace(run, shares=warm).largest_rise(40) is None
 
 
 def test_most_extra_stops_at_the_first_failure(thirty: Point) -> None:
@@ -282,7 +283,9 @@ def test_document() -> None:
         "Power of the row with 30% extra servers",
     ]
     assert all(plot.series and all(series.points for series in plot.series) for plot in answer.plots)
+    assert not any("crest" in note for note in answer.notes)
     quiet = plan("--servers", "4", "--hours", "1", "--most", "0", "--extra", "0")
+    assert any("crest, after 12 h, is not in it" in note for note in quiet.notes)
     assert len(quiet.plots) == 2 and quiet.data["most_extra"] == 0
     assert "sudo nvidia-smi --lock-gpu-clocks=210,1110" in answer.notes
     assert any("changes no device" in note for table in answer.tables for note in table.notes)

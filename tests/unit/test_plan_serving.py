@@ -163,7 +163,14 @@ def test_without_time_there_is_still_a_mix() -> None:
     gpus, demand = melange(8)
     mix = solve(gpus, demand, time_limit_s=0.0)
     check(mix, gpus, demand.rates, 8)
-    assert mix.cost >= 5.69
+    # No dearer than one type alone: the A100s, $7.34.
+    assert 5.69 <= mix.cost <= 7.34
+
+
+def test_the_least_load_takes_the_cheapest_gpu() -> None:
+    found = run("--preset", "melange-example", "--rate", "1e-8")
+    assert found.data["mix"] == {"A10G": 1, "cost": 1.01}
+    assert quantity(found, "saved by the mix").value == 0
 
 
 def test_a_hopelessly_slow_type_is_left_out() -> None:
@@ -224,6 +231,18 @@ def test_an_slo_that_no_gpu_meets_says_what_binds(slo: Slo, field: str, said: st
     assert raised.value.field == field
 
 
+def test_the_limit_that_is_named_is_one_that_can_be_kept() -> None:
+    close = Gpu("close", 1.0, [points((1, 0.02000000000001, 0.01))])
+    with pytest.raises(InvalidParameter, match=r"0\.02001 s or more"):
+        solve([close], Demand(["any"], [1.0]), Slo(0.02))
+    assert solve([close], Demand(["any"], [1.0]), Slo(0.02001)).counts == [1]
+
+
+def test_sizes_that_nobody_asks_for_need_no_latencies() -> None:
+    part = Gpu("part", 1.0, [points((1, 0.1, 0.01)), [Point(1.0)]])
+    assert solve([part], Demand(["a", "b"], [1.0, 0.0]), Slo(1.0, 1.0)).counts == [1]
+
+
 def test_limits_that_are_met_one_by_one_and_not_together() -> None:
     either = Gpu("either", 1.0, [points((1, 0.1, 0.9), (1, 0.9, 0.1))])
     with pytest.raises(InvalidParameter, match="both on none"):
@@ -231,7 +250,7 @@ def test_limits_that_are_met_one_by_one_and_not_together() -> None:
 
 
 def test_a_size_that_no_gpu_holds() -> None:
-    with pytest.raises(InvalidParameter, match="holds requests of long: none does"):
+    with pytest.raises(InvalidParameter, match="a throughput for requests of long: none has one"):
         solve([Gpu("small", 1.0, [points((1, 0.1, 0.1)), []])], PAIR, Slo(itl_s=1.0))
 
 
@@ -249,6 +268,6 @@ def test_a_type_that_cannot_serve_all_alone_says_what(tmp_path: Path) -> None:
     assert quantity(found, "one type alone").value is None
     assert quantity(found, "saved by the mix").value is None
     assert table(found, "GPU types").notes == (
-        "part alone cannot serve ≤ 100 in, ≤ 400 out.",
-        "rest alone cannot serve ≤ 100 in, ≤ 50 out.",
+        "part alone: no throughput within the latencies for ≤ 100 in, ≤ 400 out.",
+        "rest alone: no throughput within the latencies for ≤ 100 in, ≤ 50 out.",
     )

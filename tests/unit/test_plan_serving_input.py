@@ -50,7 +50,7 @@ def test_predicted_for_a_model(tmp_path: Path) -> None:
     tight = run(written(tmp_path), "--model", "llama-2-7b", "--gpus", "L4,A10G,A100-80GB,H100", "--itl-s", "0.02")
     assert float(quantity(tight, "cost").value or 0) > float(quantity(found, "cost").value or 0)
     # 13.5 GB of weights at 300 GB/s take 45 ms.
-    assert any("L4 alone cannot serve" in note for note in table(tight, "GPU types").notes)
+    assert any("L4 alone: no throughput" in note for note in table(tight, "GPU types").notes)
 
 
 def test_an_slo_below_a_step_names_size_latency_and_gpu(tmp_path: Path) -> None:
@@ -66,6 +66,11 @@ def test_several_gpus_as_one_type() -> None:
     assert predict(large, device, Size(100, 100), 1, Precision()) == []
     assert predict(large, device, Size(100, 100), 4, Precision())
     assert predict(large, device, Size(100, 100), 1, Precision(quant="int4"))
+
+
+def test_more_gpus_than_a_node_has_are_not_predicted(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match=r"gpus: got '16xL4', allowed: up to 8"):
+        run(written(tmp_path), "--model", "llama-2-7b", "--gpus", "16xL4")
 
 
 def test_a_larger_context_than_the_models(tmp_path: Path) -> None:
@@ -109,11 +114,46 @@ def test_measured_by_compare(tmp_path: Path) -> None:
     # fused: two requests in 2.1 s. A load of 4 / (2 / 2.1) = 4.2.
     assert found.data["mix"] == {"box": 5, "cost": 2.5}
     assert quantity(found, "cost").basis == "measured"
-    assert "headrace compare on a CPU" in quantity(found, "cost").source
+    assert "headrace compare of planted.gguf (abababababab) on a CPU" in quantity(found, "cost").source
     # Its first tokens come after 0.525 s; one after the other the second waits 4.92 s.
     assert run(measured(tmp_path), "--ttft-s", "0.6").data["mix"] == {"box": 21, "cost": 10.5}
     with pytest.raises(InvalidParameter, match=r"ttft_s: got 0.5, allowed: 0.5\d+ s or more: .* needs it on box"):
         run(measured(tmp_path), "--ttft-s", "0.5")
+
+
+def test_reports_of_a_type_are_of_one_model_and_machine(tmp_path: Path) -> None:
+    report(tmp_path / "one.json", (4, 3))
+    other = report(tmp_path / "two.json", (6, 7))
+    for change in (
+        {"model": {"name": "other", "fingerprint": "cd" * 32}},
+        {"machine": {"cpu": "another", "gpu": None}},
+    ):
+        (tmp_path / "two.json").write_text(json.dumps(other | change))
+        (what,) = change
+        with pytest.raises(InvalidParameter, match=f"reports.*reports of one {what}"):
+            run(measured(tmp_path))
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_the_cpus(tmp_path: Path) -> None:
+    for name, lengths in (("one.json", (4, 3)), ("two.json", (6, 7))):
+        made = report(tmp_path / name, lengths)
+        (tmp_path / name).write_text(json.dumps(made | {"machine": made["machine"] | {"gpu": "H100"}}))
+    assert "on a CPU" in quantity(run(measured(tmp_path)), "cost").source
+
+
+def test_an_answer_of_one_token_has_no_gap_to_be_late(tmp_path: Path) -> None:
+    report(tmp_path / "one.json", (1, 1))
+    sizes = {"output_tokens": [1], "workload_distribution": [[1]]}
+    where = measured(tmp_path, **sizes, gpu_info={"box": {"cost": 0.5, "reports": ["one.json"]}})
+    assert run(where, "--itl-s", "0.001").data["mix"]
+
+
+def test_throughputs_of_different_models_are_said_to_be(tmp_path: Path) -> None:
+    report(tmp_path / "one.json", (4, 3))
+    report(tmp_path / "two.json", (6, 7))
+    box = {"cost": 0.5, "reports": ["one.json", "two.json"]}
+    found = run(measured(tmp_path, gpu_info={"box": box, "L4": {}}), "--model", "llama-2-7b")
+    assert any("different models" in note and "planted.gguf" in note and "llama-2-7b" in note for note in found.notes)
 
 
 def test_a_report_is_of_one_size(tmp_path: Path) -> None:
@@ -163,6 +203,7 @@ def test_a_file_that_is_no_report(tmp_path: Path, change: Mapping[str, object]) 
         ({"total_request_rate": -3}, "rate: got -3"),
         ({"total_request_rate": 0}, "rate: got 0"),
         ({"total_request_rate": 10**400}, "rate"),
+        ({"total_request_rate": 1e-300}, "rate: got 1e-300"),
         ({"total_request_rate": 1e300}, "1,000,000 GPUs can serve"),
         ({"total_request_rate": 1e7}, "1,000,000 GPUs can serve"),
         ({"gpu_info": {"own": {"cost": 1, "tputs": [[1e-300, 1], [1, 1]]}}}, "1,000,000 GPUs can serve"),
@@ -178,6 +219,7 @@ def test_a_file_that_is_no_report(tmp_path: Path, change: Mapping[str, object]) 
         ({"gpu_info": {"T4": {"tputs": [[1, 1], [1, 1]]}}}, "one with a price"),
         ({"gpu_info": {"own": {"cost": -1, "tputs": [[1, 1], [1, 1]]}}}, "cost"),
         ({"gpu_info": {"own": {"cost": 0, "tputs": [[1, 1], [1, 1]]}}}, "cost"),
+        ({"gpu_info": {"own": {"cost": 1e-9, "tputs": [[1, 1], [1, 1]]}}}, "price of own"),
         ({"gpu_info": {"own": {"cost": 1, "tputs": [[1, 1]]}}}, "2 rows of 2"),
         ({"gpu_info": {"own": {"cost": 1, "tputs": [[1, 1], [1, -2]]}}}, r"tputs\[1\]\[1\]: got -2"),
         ({"gpu_info": {"own": {"cost": 1, "tputs": [[1, 1], [1, 1]], "reports": []}}}, "one of tputs"),
@@ -215,6 +257,7 @@ def test_files_that_are_no_json_object(tmp_path: Path, text: str) -> None:
         (("--preset", "melange-example", "--gpus", "A10G,A10G"), "different"),
         (("--preset", "melange-example", "--gpus", "B300"), "H100"),
         (("--preset", "melange-example", "--quant", "int8"), "--model"),
+        (("--preset", "melange-example", "--model", "llama-2-7b"), "none where every GPU has its throughputs"),
         (("--preset", "melange-example", "--model", "llama-2-7b", "--gpus", "H100"), "input_tokens"),
     ],
 )

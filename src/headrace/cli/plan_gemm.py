@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from headrace.plan.gemm_sweep import Product
 
 MOST_PRODUCTS = 1000
-MOST_THREADS = 1024
 PRODUCT = "MxNxK or MxNxK:PRECISION, such as 32x1536x576:int8"
 
 
@@ -44,11 +43,10 @@ def document(arguments: argparse.Namespace) -> Document:
     from headrace.plan.gemm import Predictor, require_forest
     from headrace.plan.gemm_document import describe
     from headrace.plan.gemm_sweep import measure_sweep, read_sweep, sweep_text
+    from headrace.plan.probe_tools import check_threads
 
-    threads = arguments.threads
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise InvalidParameter("threads", threads, f"an integer from 1 to {MOST_THREADS}")
-    if arguments.sweep is not None and threads is not None:
+    threads = check_threads(arguments.threads, probe_hardware().cores)
+    if arguments.sweep is not None and arguments.threads is not None:
         raise InvalidParameter("threads", threads, "to leave it out with --sweep, whose threads are the file's")
     if len(arguments.product) > MOST_PRODUCTS:
         raise InvalidParameter("product", len(arguments.product), f"at most {MOST_PRODUCTS} of them")
@@ -56,10 +54,7 @@ def document(arguments: argparse.Namespace) -> Document:
     # Before the sweep, so that its seconds are not lost.
     require_forest()
     save = None if arguments.save is None else ReportFile("save", arguments.save)
-    if arguments.sweep is not None:
-        sweep = read_sweep(Path(arguments.sweep))
-    else:
-        sweep = measure_sweep(threads or probe_hardware().cores)
+    sweep = measure_sweep(threads) if arguments.sweep is None else read_sweep(Path(arguments.sweep))
     if save is not None:
         save.write(sweep_text(sweep))
     return describe(Predictor(sweep), list(dict.fromkeys(asked)))
@@ -67,7 +62,8 @@ def document(arguments: argparse.Namespace) -> Document:
 
 def products_of(text: str) -> list[Product]:
     """MxNxK[:PRECISION]; without a precision one product for each. Raises InvalidParameter."""
-    from headrace.plan.gemm_sweep import BITS, Product
+    from headrace.plan.gemm_sweep import Product
+    from headrace.plan.probe_programs import BITS
 
     sizes, colon, precision = text.partition(":")
     parts = sizes.lower().split("x")

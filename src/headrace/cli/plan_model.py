@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace.cli.plan_arguments import add_model, probed
 from headrace.core.errors import ConfigError, InvalidParameter
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ QUANTS = ("none", "stored", "fp8", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="A config.json, a folder with one, a .gguf file, demo, a Hub id (its config alone is fetched), or a known "
-        "name such as llama-3-8b, qwen2-72b, nvlm-d-72b, yi-34b-200k. No weights are read.",
-    )
+    add_model(parser, "llama-3-8b, qwen2-72b, nvlm-d-72b, yi-34b-200k")
     place = parser.add_argument_group("where")
     place.add_argument("--device", metavar="NAME", help="Of the catalogue: H100, A100-80GB, L4 …; by data sheet.")
     place.add_argument(
@@ -112,7 +107,7 @@ def _on_profile(arguments: argparse.Namespace, question: Question) -> Document:
     from headrace.plan.speed import native_weights
     from headrace.plan.subject import read_subject
 
-    profile = read_profile(_profile_path(arguments.profile))
+    profile = read_profile(probed(arguments.profile, "--device NAME"))
     subject = read_subject(arguments.model)
     # As core.resolve does for the native backend.
     quant = arguments.quant or ("none" if arguments.dtype else "stored")
@@ -133,18 +128,3 @@ def _past(device: str, threads: int | None = None) -> Mapping[str, Calibration]:
         return {}
     store = Store(default_path(folder))
     return {name: store.calibration(name, machine_key(device, threads)) for name in MEASURED}
-
-
-def _profile_path(given: str | None) -> Path:
-    if given is not None:
-        return Path(given)
-    from headrace.cli.console import state_folder
-    from headrace.plan.profile import default_path
-
-    folder = state_folder(os.environ)
-    if folder is None:
-        raise ConfigError("no home folder to look for a profile in: name --profile FILE or --device NAME")
-    found = default_path(folder)
-    if not found.is_file():
-        raise ConfigError(f"this machine was not probed yet ({found}): run headrace plan probe, or name --device NAME")
-    return found

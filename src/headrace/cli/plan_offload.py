@@ -4,13 +4,12 @@ memory is worth."""
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.core.errors import ConfigError, InvalidParameter
+from headrace.cli.plan_arguments import add_model, refuse_beside
+from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from headrace.core.spec import ModelSpec
@@ -25,6 +24,10 @@ FORMS = ("bf16", "fp8", "int4")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 GB = 1e9
 DISK_GB = 1000.0
+USUAL: Mapping[str, object] = {"share": 0.9, "prompt": 512, "output": 32, "form": "bf16", "kv_dtype": "bfloat16"}
+SIZES = ("device_memory", "host_memory", "link", "disk_read", "disk_write", "disk_memory")
+PLACES = ("device", "host", "profile", *SIZES, "sequences", "no_prefetch", "deepspeed", *USUAL)
+"""What a published run has of its own."""
 EXPERTS = "A layer is streamed with all of its experts, chosen or not; streaming the chosen ones alone is not modelled."
 MOST = 2**20
 """Tokens and sequences."""
@@ -33,13 +36,7 @@ HUGE = 1e12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="A config.json, a folder with one, a .gguf file, demo, a Hub id (its config alone is fetched) or a known "
-        "name such as llama-2-70b. No weights are read.",
-    )
+    add_model(parser, "llama-2-70b", instead="")
     parser.add_argument("--preset", choices=EXAMPLES, help="Instead of MODEL: FlexGen's run of it on a T4.")
     parser.add_argument("--checks", action="store_true", help="Only the published runs, and what the formulas give.")
     where = parser.add_argument_group("where (GB = 10^9 bytes)")
@@ -63,15 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         type=float,
         metavar="X",
-        default=0.9,
-        help="Of device and host memory that may be filled. Default: 0.9.",
+        help=f"Of device and host memory that may be filled. Default: {USUAL['share']}.",
     )
     work = parser.add_argument_group("work")
-    work.add_argument("--prompt", type=int, metavar="N", default=512, help="Tokens of a prompt. Default: 512.")
-    work.add_argument("--output", type=int, metavar="N", default=32, help="Tokens of an answer. Default: 32.")
+    work.add_argument("--prompt", type=int, metavar="N", help="Tokens of a prompt. Default: 512.")
+    work.add_argument("--output", type=int, metavar="N", help="Tokens of an answer. Default: 32.")
     work.add_argument("--sequences", type=int, metavar="N", help="At a time. Default: as many as are best, up to 2048.")
-    work.add_argument("--form", choices=FORMS, default="bf16", help="How weights are kept. Default: bf16.")
-    work.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="Of the cache. Default: bfloat16.")
+    work.add_argument("--form", choices=FORMS, help="How weights are kept. Default: bf16.")
+    work.add_argument("--kv-dtype", choices=KV_DTYPES, help="Of the cache. Default: bfloat16.")
     work.add_argument("--no-prefetch", action="store_true", help="Transfers and compute wait for each other.")
     work.add_argument("--deepspeed", metavar="FILE", help="Write the placement as a ZeRO-Inference config to FILE.")
 
@@ -87,8 +83,11 @@ def document(arguments: argparse.Namespace) -> Document:
     asked += ["checks"] * arguments.checks
     if len(asked) != 1:
         raise InvalidParameter("model", ", ".join(asked) or None, "one of MODEL, --preset, --checks")
-    if arguments.model is None and arguments.deepspeed is not None:
-        raise InvalidParameter("deepspeed", arguments.deepspeed, "with MODEL")
+    if arguments.model is None:
+        refuse_beside(arguments, f"--{asked[0]}", PLACES)
+    for name, usual in USUAL.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, usual)
     if arguments.checks:
         return checks_document()
     if arguments.preset is not None:
@@ -99,7 +98,7 @@ def document(arguments: argparse.Namespace) -> Document:
             raise InvalidParameter(name, value, f"an integer from 1 to {MOST}")
     machine = _machine(arguments)
     subject = read_subject(arguments.model)
-    write = _fragment(arguments.deepspeed, subject.spec)
+    write = _fragment(arguments, subject.spec)
     task = task_of(subject.spec, arguments.form, arguments.kv_dtype, arguments.prompt, arguments.output)
     found = placement_document(subject.name, task, machine, arguments.sequences)
     experts = any(layer.mlp.experts is not None for layer in subject.spec.layers)
@@ -112,21 +111,21 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 
     if not 0 < arguments.share <= 1:
         raise InvalidParameter("share", arguments.share, "a number above 0 and at most 1")
-    for name in ("device_memory", "host_memory", "link", "disk_read", "disk_write", "disk_memory"):
+    for name in SIZES:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= HUGE:
-            raise InvalidParameter(name, value, "a number above 0")
-    profile = None
-    if arguments.profile is not None or arguments.device is None:
-        profile = _profile(arguments.profile)
-    device = find_device(arguments.device) if arguments.device is not None else None
+            raise InvalidParameter(name, value, f"a number above 0, up to {HUGE:g}")
+    device = None if arguments.device is None else find_device(arguments.device)
+    if device is None or device.kind != "gpu":
+        for name in ("host", "host_memory", "link"):
+            if (value := getattr(arguments, name)) is not None:
+                raise InvalidParameter(name, value, "to leave it out, or --device NAME of a GPU")
+    profile = _profile(arguments, device)
     host: Device | None = None
     link_basis: Basis | None = None
     if device is None:
         assert profile is not None
         device = replace(profile.device(), host_link=None)
-        if arguments.host is not None or arguments.host_memory is not None or arguments.link is not None:
-            raise InvalidParameter("device", None, "--device NAME beside --host, --host-memory or --link")
     elif device.kind == "gpu":
         host = _host(arguments, profile)
         if arguments.link is not None:
@@ -149,12 +148,9 @@ def _host(arguments: argparse.Namespace, profile: Profile | None) -> Device:
         host = find_device(arguments.host)
         if host.kind != "cpu":
             raise InvalidParameter("host", arguments.host, "a CPU of the catalogue")
-    elif profile is not None:
-        host = profile.device()
     else:
-        raise InvalidParameter(
-            "host", None, f"--host NAME (a CPU) or --profile FILE beside --device {arguments.device}"
-        )
+        assert profile is not None
+        host = profile.device()
     if arguments.host_memory is None:
         return host
     return replace(host, memory_bytes=round(arguments.host_memory * GB))
@@ -178,37 +174,42 @@ def _disk(arguments: argparse.Namespace, profile: Profile | None) -> Disk | None
     return Disk(room, measured.value, write, source, "measured")
 
 
-def _profile(path: str | None) -> Profile:
-    from headrace.cli.console import state_folder
-    from headrace.plan.profile import default_path, read_profile
+def _profile(arguments: argparse.Namespace, device: Device | None) -> Profile | None:
+    """As given, or the last one where it is needed: for the machine alone, or as the host of a GPU. Raises ConfigError
+    where there is none."""
+    from headrace.cli.plan_arguments import probed
+    from headrace.plan.profile import read_profile
 
-    if path is not None:
-        return read_profile(Path(path))
-    folder = state_folder(os.environ)
-    found = None if folder is None else default_path(folder)
-    if found is None or not found.is_file():
-        raise ConfigError(
-            "this machine was not probed yet: run headrace plan probe, or name --device NAME and --host NAME"
-        )
-    return read_profile(found)
+    needs_host = device is None or (device.kind == "gpu" and arguments.host is None)
+    if arguments.profile is None and not needs_host:
+        return None
+    return read_profile(probed(arguments.profile, "--device NAME and --host NAME"))
 
 
-def _fragment(path: str | None, spec: ModelSpec) -> Callable[[Document], list[str]]:
-    """Refuses a file that cannot be written before the work; what it returns writes it, and says so."""
-    if path is None:
+def _fragment(arguments: argparse.Namespace, spec: ModelSpec) -> Callable[[Document], list[str]]:
+    """Refuses what cannot be written before the work; what it returns writes it, and says so."""
+    if arguments.deepspeed is None:
         return lambda _: []
+    from headrace.core.flops import alike
     from headrace.core.sizing import end_weights, layer_weights, parameters
     from headrace.pages.files import ReportFile
-    from headrace.plan.fragments import deepspeed_inference, json_text
+    from headrace.plan.devices import find_device
+    from headrace.plan.fragments import PRECISIONS, deepspeed_inference, inference_notes, json_text
 
-    file = ReportFile("deepspeed", path)
-    matrices = [*end_weights(spec), *layer_weights(spec.layers[0], spec.hidden_size)]
-    largest = max(one.rows * one.cols for one in matrices)
+    device = None if arguments.device is None else find_device(arguments.device)
+    if device is None or device.kind != "gpu":
+        raise InvalidParameter("deepspeed", arguments.deepspeed, "beside --device NAME of a GPU")
+    if arguments.form != "bf16":
+        raise InvalidParameter("form", arguments.form, "bf16 with --deepspeed: its config streams 16-bit weights")
+    dtype = next(name for name in PRECISIONS if name in device.flops)
+    file = ReportFile("deepspeed", arguments.deepspeed)
+    layers = [matrix for layer, _ in alike(spec.layers) for matrix in layer_weights(layer, spec.hidden_size)]
+    largest = max(one.rows * one.cols for one in (*end_weights(spec), *layers))
 
     def write(found: Document) -> list[str]:
         block: Block = found.data["block"]  # type: ignore[assignment]
         policy: Policy = found.data["policy"]  # type: ignore[assignment]
-        file.write(json_text(deepspeed_inference(block, policy, parameters(spec), largest)))
-        return [f"Written: {file.path}"]
+        file.write(json_text(deepspeed_inference(block, policy, parameters(spec), largest, dtype)))
+        return [*inference_notes(policy), f"Written: {file.path}"]
 
     return write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from headrace.cli.plan_arguments import add_model
 from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -18,12 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from headrace.plan.overlap import GEMM_EFFICIENCY, NANO, Traffic
 
     usual = Traffic()
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help="A config.json, a folder, a .gguf file, a Hub id or a known name. Without it: NanoFlow's published case, "
-        "LLaMA-2-70B on 8 A100 with the constants of its repository.",
+    add_model(
+        parser,
+        "llama-2-70b",
+        instead="Without it: NanoFlow's published case, LLaMA-2-70B on 8 A100 with the constants of its repository.",
     )
     parser.add_argument("--device", metavar="NAME", help=f"Of the catalogue. Default: {DEVICE}.")
     parser.add_argument("--gpus", type=int, metavar="N", help=f"That deal out every layer. Default: {GPUS}.")

@@ -49,7 +49,7 @@ def document(arguments: argparse.Namespace) -> Document:
     row, policy = Row(**_given(arguments, Row)), Policy(**_given(arguments, Policy))
     extras = _extras(arguments)
     points = [point(row, policy, extra) for extra in extras]
-    shown = points[extras.index(arguments.extra / 100)]
+    shown = points[extras.index(_share(arguments.extra))]
     given = frozenset(_given(arguments, Row)) | frozenset(_given(arguments, Policy))
     return power_document.document(row, policy, points, shown, given)
 
@@ -69,4 +69,9 @@ def _extras(arguments: argparse.Namespace) -> list[float]:
     if arguments.most / arguments.step >= MOST_POINTS:
         raise InvalidParameter("step", arguments.step, f"more: at most {MOST_POINTS} points are simulated")
     count = int(arguments.most / arguments.step + 1e-9)
-    return sorted({arguments.step * index / 100 for index in range(count + 1)} | {arguments.extra / 100})
+    return sorted({_share(arguments.step * index) for index in range(count + 1)} | {_share(arguments.extra)})
+
+
+def _share(percent: float) -> float:
+    """Of percent, without what floats leave behind the last digit: no point is simulated twice."""
+    return round(percent / 100, 9)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="?",
         help="JSON, as Mélange has it: workload_distribution (rows: prompt sizes, columns: answer sizes), "
-        "total_request_rate (requests/s), slice_factor, gpu_info: name -> cost (USD/h; without: the catalogue's), and "
+        "total_request_rate (requests/s), slice_factor, gpu_info: name -> cost ($/h; without: the catalogue's), and "
         "tputs (requests/s by size), points (with latencies: requests_per_s, ttft_s, itl_s) or reports (files of "
         "headrace compare --json); with input_tokens and output_tokens, the upper ends of the sizes, throughputs that "
         "are not there are predicted for --model.",
@@ -77,7 +77,9 @@ def document(arguments: argparse.Namespace) -> Document:
         raise InvalidParameter("quant", arguments.quant, "only beside --model")
     gpus = read_gpus(request, workload, folder, names, model, arguments.quant)
     notes = [workload.note] if workload.note else []
-    if model is not None and any(gpu.basis not in ("given", "measured") for gpu in gpus):
+    if model is not None:
+        if all(gpu.basis in ("given", "measured") for gpu in gpus):
+            raise InvalidParameter("model", arguments.model, "none where every GPU has its throughputs")
         notes.append(
             f"Predicted throughputs are those of {model[0]}, for the largest request of each size, at data-sheet speed "
             "(roofline): no engine reaches all of it, and no queue is counted."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from headrace.cli.plan_arguments import add_model, refuse_beside
 from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -15,36 +16,38 @@ if TYPE_CHECKING:
     from headrace.plan.training import Cluster, Layout
 
 PRESETS = ("gpt-175b", "gpt-1t", "glm-130b")
-RECOMPUTE, OFFLOAD = ("none", "selective", "full"), ("none", "optimizer", "all")
+SEARCHED = ("tp", "pp", "zero", "recompute", "interleave", "sequence_parallel")
+"""What a search chooses."""
 GIVEN = ("tp", "pp", "zero", "micro_batch", "sequence", "recompute", "interleave", "offload", "gpus")
+FLAGS = ("sequence_parallel", "plain_attention", "dropout", "search")
+WHERE = ("device", "gpus_per_node", "network", "efficiency")
+RUN = ("tokens", "deepspeed", "torchtitan")
+GB = 1e9
 MOST = 2**24
 """Of any count; of layers MOST_LAYERS."""
 MOST_LAYERS = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="A config.json, a folder with one, a .gguf file, demo, a Hub id (its config alone is fetched) or a known "
-        "name such as llama-2-7b. No weights are read.",
-    )
+    from headrace.plan.training import EFFICIENCY, NETWORK, OFFLOAD, PER_NODE, RECOMPUTE
+
+    add_model(parser, "llama-2-7b", instead="")
     parser.add_argument("--gpt", metavar="LAYERS,HIDDEN,HEADS", help="Instead of MODEL: a GPT of this shape.")
     parser.add_argument("--preset", choices=PRESETS, help="Instead of MODEL: a published run, with its layout.")
     parser.add_argument("--checks", action="store_true", help="Only the published figures, and what the formulas give.")
     where = parser.add_argument_group("where")
     where.add_argument("--device", metavar="NAME", help="Of the catalogue: H100, A100-80GB … Default: A100-80GB.")
     where.add_argument("--gpus", type=int, metavar="N", help="Default: 8.")
-    where.add_argument("--gpus-per-node", type=int, metavar="N", default=8, help="Default: 8.")
+    where.add_argument("--gpus-per-node", type=int, metavar="N", help=f"Default: {PER_NODE}.")
     where.add_argument(
-        "--network", type=float, metavar="GB/s", default=25.0, help="Between nodes, for each GPU. Default: 25."
+        "--network", type=float, metavar="GB/s", help=f"Between nodes, for each GPU. Default: {NETWORK / GB:g}."
     )
     where.add_argument(
         "--efficiency",
         type=float,
         metavar="X",
-        help="Share of the peak that compute reaches, above 0 and at most 1. Default: 0.3838 (22B on Frontier).",
+        help="Share of the peak that compute reaches, above 0 and at most 1. "
+        f"Default: {EFFICIENCY}, between two runs of Frontier (--checks).",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--tp", type=int, metavar="N", help="GPUs that share every layer. Default: 1.")
@@ -64,11 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"What lies on the host: {', '.join(OFFLOAD)}. Default: none.",
     )
-    how.add_argument("--search", action="store_true", help="Every TP, PP, ZeRO stage that fits, fastest first.")
+    how.add_argument("--search", action="store_true", help="Instead of --tp … : all TP, PP and ZeRO that fit.")
     run = parser.add_argument_group("run")
     run.add_argument("--tokens", type=float, metavar="X", help="Of the whole run, 2e12 say: days, GPU-hours and rent.")
     run.add_argument("--deepspeed", metavar="FILE", help="Write the layout as a DeepSpeed config (JSON) to FILE.")
-    run.add_argument("--torchtitan", metavar="FILE", help="Write the layout as a torchtitan config (TOML) to FILE.")
+    run.add_argument(
+        "--torchtitan", metavar="FILE", help="Write the layout as a config of torchtitan 0.2 (TOML) to FILE."
+    )
 
 
 def document(arguments: argparse.Namespace) -> Document:
@@ -78,6 +83,7 @@ def document(arguments: argparse.Namespace) -> Document:
 
     asked = [one for one in ("model", "gpt", "preset") if getattr(arguments, one) is not None]
     if arguments.checks and not asked:
+        refuse_beside(arguments, "--checks", (*WHERE, *GIVEN, *FLAGS, "global_batch", *RUN))
         return checks_document()
     if arguments.checks or len(asked) != 1:
         found = ", ".join(asked + ["checks"] * arguments.checks) or None
@@ -86,11 +92,10 @@ def document(arguments: argparse.Namespace) -> Document:
     cluster = _cluster(arguments, device)
     layout, batch = _layout(arguments, layout)
     if arguments.search:
-        if arguments.deepspeed or arguments.torchtitan:
-            raise InvalidParameter("search", True, "without --deepspeed and --torchtitan, which write one layout")
+        refuse_beside(arguments, "--search", (*SEARCHED, *RUN))
         return search_document(spec, layout, cluster, batch, source)
     _check_count("tokens", arguments.tokens)
-    write = _fragments(arguments, layout)
+    write = _fragments(arguments, layout, cluster.dtype, len(spec.layers))
     answer = training_document(spec, layout, cluster, source, arguments.tokens)
     return replace(answer, notes=[*answer.notes, *write()])
 
@@ -125,18 +130,23 @@ def _gpt(text: str) -> ModelSpec:
 
 def _cluster(arguments: argparse.Namespace, device: str) -> Cluster:
     from headrace.plan.devices import find_device
-    from headrace.plan.training import EFFICIENCY, Cluster
+    from headrace.plan.fragments import PRECISIONS
+    from headrace.plan.training import NETWORK, PER_NODE, Cluster
 
     chosen = find_device(arguments.device or device)
-    share = EFFICIENCY if arguments.efficiency is None else arguments.efficiency
-    if not 0 < share <= 1:
+    share = arguments.efficiency
+    if share is not None and not 0 < share <= 1:
         raise InvalidParameter("efficiency", share, "a number above 0 and at most 1")
-    if not 0 < arguments.network < MOST:
-        raise InvalidParameter("network", arguments.network, "GB/s above 0")
-    if not 1 <= arguments.gpus_per_node <= MOST:
-        raise InvalidParameter("gpus_per_node", arguments.gpus_per_node, "an integer ≥ 1")
-    dtype = next((name for name in ("bfloat16", "float16", "float32") if name in chosen.flops), "bfloat16")
-    return Cluster(chosen, dtype, arguments.gpus_per_node, arguments.network * 1e9, share)
+    network = NETWORK / GB if arguments.network is None else arguments.network
+    if not 0 < network <= MOST:
+        raise InvalidParameter("network", network, f"GB/s above 0, up to {MOST}")
+    per_node = PER_NODE if arguments.gpus_per_node is None else arguments.gpus_per_node
+    if not 1 <= per_node <= MOST:
+        raise InvalidParameter("gpus_per_node", per_node, f"an integer from 1 to {MOST}")
+    dtype = next((name for name in PRECISIONS if name in chosen.flops), None)
+    if dtype is None:
+        raise InvalidParameter("device", chosen.name, "one with 16-bit arithmetic: training is in mixed precision")
+    return Cluster(chosen, dtype, per_node, network * GB, share)
 
 
 def _layout(arguments: argparse.Namespace, published: Layout | None) -> tuple[Layout, int]:
@@ -163,7 +173,7 @@ def _layout(arguments: argparse.Namespace, published: Layout | None) -> tuple[La
         batch = layout.global_batch if kept else layout.gpus * layout.micro_batch
     each = max(1, layout.dp) * layout.micro_batch
     if not 1 <= batch <= MOST or (not arguments.search and batch % each):
-        raise InvalidParameter("global_batch", batch, f"a multiple of DP × micro-batch = {each}")
+        raise InvalidParameter("global_batch", batch, f"a multiple of DP × micro-batch = {each}, up to {MOST}")
     return replace(layout, micro_batches=max(1, batch // each)), batch
 
 
@@ -172,18 +182,18 @@ def _check_count(field: str, value: float | None) -> None:
         raise InvalidParameter(field, value, "a number above 0 and below 1e18")
 
 
-def _fragments(arguments: argparse.Namespace, layout: Layout) -> Callable[[], list[str]]:
+def _fragments(arguments: argparse.Namespace, layout: Layout, dtype: str, layers: int) -> Callable[[], list[str]]:
     """Refuses what cannot be written before the work; what it returns writes, and says so."""
     from headrace.pages.files import ReportFile
     from headrace.plan import fragments
 
     ready, notes = [], []
     if arguments.deepspeed is not None:
-        text = fragments.json_text(fragments.deepspeed_training(layout))
+        text = fragments.json_text(fragments.deepspeed_training(layout, dtype))
         ready.append((ReportFile("deepspeed", arguments.deepspeed), text))
         notes += fragments.deepspeed_notes(layout)
     if arguments.torchtitan is not None:
-        text = fragments.toml_text(fragments.torchtitan(layout))
+        text = fragments.toml_text(fragments.torchtitan(layout, layers, dtype))
         ready.append((ReportFile("torchtitan", arguments.torchtitan), text))
 
     def write() -> list[str]:

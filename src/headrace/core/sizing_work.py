@@ -6,7 +6,7 @@ tensor-parallel group, N GPUs that share one copy of the model's states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,9 +91,9 @@ def opt_load(hidden: int, inner: int, heads: int) -> LayerLoad:
 # ---------------------------------------------------------------- training
 
 
-def zero_bytes(parameters: float, ways: int, stage: int, per: Mapping[str, float] = STATE_BYTES) -> dict[str, float]:
+def zero_bytes(parameters: float, ways: int, stage: int) -> dict[str, float]:
     """Bytes of each of the model's states on one of `ways` data-parallel GPUs (ZeRO, §5)."""
-    return {state: parameters * each / (ways if state in SHARDED[stage] else 1) for state, each in per.items()}
+    return {state: parameters * each / (ways if state in SHARDED[stage] else 1) for state, each in STATE_BYTES.items()}
 
 
 def activation_bytes(
@@ -190,11 +190,21 @@ def infinity_efficiency(intensity: float, bandwidth: float, peak: float) -> floa
 
 
 def deepspeed_estimate(
-    parameters: float, largest_layer: float, gpus: int, sharded: bool, offload: bool = False
+    parameters: float, largest_layer: float, gpus: int, sharded: bool, offloaded: Collection[str] = (), nodes: int = 1
 ) -> tuple[float, float]:
-    """(bytes on each GPU, bytes on the host) by DeepSpeed's own estimators: stage 2: 2P + 18P/N; stage 3 (`sharded`):
-    4 · largest layer + 18P/N, or, with parameters on the host, 4 · largest layer and there 18P · 1.5."""
-    if offload:
-        return 4.0 * largest_layer, 18.0 * parameters * 1.5
+    """(bytes on each GPU, bytes on each host) by DeepSpeed's own estimators, estimate_zero2_… and
+    estimate_zero3_model_states_mem_needs. `sharded`: stage 3. `offloaded`: of STATE_BYTES.
+
+    Stage 2: 2P + 18P/N, with the optimizer on the host 2P and there 1.5 · P · max(4N, 16). Stage 3: 4 · largest layer
+    + 18P/N, with the optimizer on hosts 2P/N instead and 1.5 · 16P between them, with the parameters too 0 and 1.5 ·
+    18P.
+    """
+    buffers = 1.5
     held = 4.0 * largest_layer if sharded else 2.0 * parameters
-    return held + 18.0 * parameters / gpus, 0.0
+    if not offloaded:
+        return held + 18.0 * parameters / gpus, 0.0
+    if not sharded:
+        return held, buffers * parameters * max(4 * gpus, 16)
+    if "parameters" in offloaded:
+        return held, buffers * 18.0 * parameters / nodes
+    return held + 2.0 * parameters / gpus, buffers * 16.0 * parameters / nodes

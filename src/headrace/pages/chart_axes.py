@@ -53,6 +53,12 @@ def short_text(value: float) -> str:
     return f"{value:.{decimals}f}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
+def round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, at or above `rough`."""
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """Values `low` … `high` on the pixels `start` … `end`; either direction of pixels."""
@@ -80,9 +86,7 @@ class Axis:
         return self._powers(wanted) if self.log else self._steps(wanted)
 
     def _steps(self, wanted: int) -> list[tuple[float, str]]:
-        rough = (self.high - self.low) / wanted
-        power: float = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+        step = round_step((self.high - self.low) / wanted)
         step = max(step, 1.0) if self.whole else step
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         first = math.ceil(self.low / step - 1e-9)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from unicodedata import category
+
+HARMLESS = "\n\t\u200c\u200d"
+"""Not printable by Python's word, but text: the joiners spell Persian, Hindi and emoji."""
+
 
 def clean(text: str) -> str:
     """Without the control characters that could move a cursor, recolour a terminal or hide text."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in HARMLESS or category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def shortened(text: str, most: int) -> str:

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from headrace.plan.calibration import ENOUGH, LEVEL, RIDGE, WINDOW, Calibration, Pair, Store
+from headrace.plan.calibration import ENOUGH, LEVEL, RIDGE, WIDE, WINDOW, Calibration, Pair, Store
 from headrace.plan.document import Column, Document, Plot, Quantity, Series, Table, Value
 
+NAMES: Mapping[str, str] = {"ttft_s": "TTFT", "itl_s": "ITL", "tokens_per_s": "throughput", "peak_bytes": "peak memory"}
+"""Of what is stored, as `headrace plan model` says it."""
 MEDIAN = "median of |predicted - measured| / measured"
 COVERAGE = "pairs whose measurement lay in the interval said before it / such pairs"
 BACK_TEST = "runs stored by compare and the benchmarks"
-UNITS = "Errors in percent of what was measured; each prediction used only the runs before it."
+UNITS = "A pair is one figure, predicted and then measured. Each prediction used only the pairs before it."
 
 
 def accuracy(store: Store) -> Document:
@@ -27,25 +29,25 @@ def accuracy(store: Store) -> Document:
     for pair in pairs:
         groups.setdefault((pair.quantity, pair.machine), []).append(pair)
     rows = [_accuracy_row(*key, groups[key]) for key in sorted(groups)]
+    half = f"; from {ENOUGH} pairs on, of half of them"
+    quantile = "exp of the conformal quantile of |ln(measured / corrected)|, of the other half"
     columns = [
         Column("quantity"),
         Column("machine"),
-        Column("pairs"),
-        Column("models"),
+        Column("pairs", "", "count", source),
+        Column("models", "", "count", source),
         Column("error", "%", f"{MEDIAN}, with the factor of that time", source),
         Column("error of the formula", "%", f"{MEDIAN}, without a factor", source),
-        Column(f"inside {LEVEL:.0%}", "%", f"{COVERAGE}; split-conformal intervals", source),
-        Column("of", "", f"pairs with such an interval: {ENOUGH} or more before them", source),
-        Column("inside ×/÷ 2", "%", f"{COVERAGE}; uncalibrated intervals", source),
-        Column(
-            "factor now", "", f"exp(Σ ln(measured / predicted) / (n + {RIDGE:g})), of the pairs that fit it", source
-        ),
-        Column("interval now", "×/÷", "exp of the conformal quantile of |ln(measured / corrected)|", source),
+        Column(f"in the {LEVEL:.0%} interval", "%", f"{COVERAGE}; split-conformal intervals", source),
+        Column("pairs with one", "", f"count: those with {ENOUGH} or more before them", source),
+        Column(f"within factor {WIDE:g}", "%", f"{COVERAGE}; of pairs with fewer before them", source),
+        Column("factor now", "", f"exp(Σ ln(measured / predicted) / (n + {RIDGE:g})){half}", source),
+        Column("interval's factor now", "", f"{quantile}; with fewer than {ENOUGH} pairs {WIDE:g}", source),
     ]
     return Document(
         title="How good past predictions were",
         quantities=_overall(pairs, source),
-        tables=[Table("By quantity", columns, rows)],
+        tables=[Table("By quantity", columns, rows, named_by=2)],
         plots=[_ratios(groups)],
         notes=notes,
         data={"pairs": len(pairs), "file": str(store.path)},
@@ -58,7 +60,7 @@ def _accuracy_row(quantity: str, machine: str, pairs: Sequence[Pair]) -> list[Va
     logs = [(math.log(pair.measured) - math.log(pair.predicted), pair.model) for pair in pairs[-WINDOW:]]
     now = Calibration.of(logs)
     return [
-        quantity,
+        NAMES.get(quantity, quantity),
         machine,
         len(pairs),
         len({pair.model for pair in pairs}),
@@ -98,14 +100,11 @@ def _overall(pairs: Sequence[Pair], source: str) -> list[Quantity]:
 
 def _ratios(groups: Mapping[tuple[str, str], Sequence[Pair]]) -> Plot:
     machines = {machine for _, machine in groups}
-    series = [
-        Series(
-            quantity if len(machines) == 1 else f"{quantity}, {machine}",
-            [(index + 1, pair.measured / pair.corrected) for index, pair in enumerate(pairs)],
-            "dots",
-        )
-        for (quantity, machine), pairs in sorted(groups.items())
-    ]
+    series = []
+    for (quantity, machine), pairs in sorted(groups.items()):
+        name = NAMES.get(quantity, quantity)
+        points = [(index, pair.measured / pair.corrected) for index, pair in enumerate(pairs, 1)]
+        series.append(Series(name if len(machines) == 1 else f"{name}, {machine}", points, "dots"))
     longest = max(len(pairs) for pairs in groups.values())
     series.append(Series("equal", [(1, 1.0), (max(2, longest), 1.0)], "dashed"))
-    return Plot("Measured / predicted", "number of the pair", "measured / predicted", series, log_y=True)
+    return Plot("Measured / predicted", "pair, oldest first", "measured / predicted", series, log_y=True)

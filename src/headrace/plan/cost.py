@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_UP, Context, Decimal
 from statistics import median
 
 from headrace.core.errors import InvalidParameter
@@ -18,23 +18,27 @@ SECONDS_PER_HOUR = 3600
 MILLION = 1e6
 PER_REQUEST = "price per hour / 3600 / (requests/s)"
 PER_MILLION_TOKENS = "price per hour x 1e6 / (3600 x tokens/s)"
-TCO = "price / life in hours + kW x PUE x price per kWh + fixed costs per hour"
+TCO = "price / hours of use in its life + kW x PUE x price per kWh + fixed costs per hour"
 BREAK_EVEN = "price / (rent per hour - running cost per hour)"
-HUGE = 1e18
-"""No input is larger: products of a few stay finite."""
+TINY, HUGE = 1e-12, 1e12
+"""No input is larger, and none that has to be > 0 is smaller: products and ratios of all of them stay finite."""
+MOST_DIGITS = 400
+"""Of a number that is rounded: more than any float has before its point."""
 
 
 def check_number(field: str, value: object, low: float = 0.0, high: float = HUGE, above: bool = False) -> None:
     """Raises InvalidParameter unless `value` is a number from `low` (`above`: more than it) to `high`."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not good or (above and value == low):
-        floor = f"a number > {low:g}" if above else f"a number ≥ {low:g}"
-        raise InvalidParameter(field, value, floor if high == HUGE else f"{floor} and ≤ {high:g}")
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    least = low + TINY if above else low
+    if not least <= number <= high:
+        # The ends that nobody comes near are named only to who has passed them.
+        floor = f"a number > {low:g}" if above and not low < number < least else f"a number ≥ {least:g}"
+        raise InvalidParameter(field, value, f"{floor} and ≤ {high:g}" if high != HUGE or number > high else floor)
 
 
 def half_up(value: float, places: int = 0) -> Decimal:
     """`value` rounded half away from zero, as calculators and accountants do (Python's round takes the even one)."""
-    return Decimal(repr(value)).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP)
+    return Decimal(repr(value)).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP, Context(prec=MOST_DIGITS))
 
 
 def accounting(value: float, places: int = 0) -> str:
@@ -65,7 +69,7 @@ class Purchase:
     price: float
     """Dollars, once."""
     life_hours: float
-    """Hours that the price is spread over."""
+    """Hours of use that the price is spread over."""
     kw: float
     """Taken from the plug at work, without what PUE adds."""
     price_per_kwh: float
@@ -87,7 +91,7 @@ class Purchase:
 
     @property
     def tco_per_hour(self) -> float:
-        """Dollars: total cost of ownership of an hour of its life."""
+        """Dollars: total cost of ownership of an hour of use."""
         return self.price / self.life_hours + self.running_per_hour
 
     def break_even_hours(self, rent_per_hour: float) -> float | None:

@@ -45,6 +45,8 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Sequence[Value]]
     notes: Sequence[str] = ()
+    named_by: int = 1
+    """How many columns, from the first on, tell its rows apart: they stay where a narrow terminal splits it."""
 
 
 @dataclass(frozen=True, slots=True)

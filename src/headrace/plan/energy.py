@@ -34,7 +34,7 @@ CAR_TONNES = 4.60
 SEEDLING_TONNES = 0.0604935136
 """Of CO₂ that a tree seedling takes up in 10 years: the same, unrounded (it prints 0.060)."""
 
-_NVIDIA = "constants behind NVIDIA's published comparison of CPU and GPU nodes"
+_NVIDIA = "derived from NVIDIA's published comparison of CPU and GPU nodes, whose every figure follows from it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,11 @@ class Side:
     """At full load."""
     network_kw: float = 0.0
     """A node's share of the switches."""
-    source: str = _NVIDIA
-    basis: Basis = "published"
+    source: str = "given"
+    """Of what the user did not give."""
+    basis: Basis = "given"
     given: frozenset[str] = frozenset()
-    """Names of fields that the user set instead."""
+    """Names of fields that the user set."""
 
     def __post_init__(self) -> None:
         for name in ("used", "per_node", "node_kw"):
@@ -73,8 +74,8 @@ class Side:
 
 NETWORK_KW = 0.0464366
 """Of a CPU node: fitted to the published table; about 743 W of a switch / 64 ports x 4 (which gives 44,184.94)."""
-STUDY_CPU = Side("Intel dual SPR 8480C", "Intel Xeon Platinum 8480C", 2, 112, 1.100, NETWORK_KW)
-STUDY_GPU = Side("8 x H100 80GB", "NVIDIA H100 80GB", 4, 8, 9.290, 4 * NETWORK_KW)
+STUDY_CPU = Side("Intel dual SPR 8480C", "Intel Xeon Platinum 8480C", 2, 112, 1.100, NETWORK_KW, _NVIDIA, "published")
+STUDY_GPU = Side("8 x H100 80GB", "NVIDIA H100 80GB", 4, 8, 9.290, 4 * NETWORK_KW, _NVIDIA, "published")
 STUDY_SPEEDUP = 3.3
 A100_NODE_KW, H100_NODE_KW = 6.5, 9.29
 
@@ -139,7 +140,7 @@ def measured_speedup(base: Sequence[float], other: Sequence[float], rates: bool)
 def check_devices(base: Side, other: Side) -> None:
     """Raises InvalidParameter where both sides ran on the same device: such a ratio compares two methods, and says
     nothing of one kind of node against another."""
-    if _plain(base.device) == _plain(other.device):
+    if same_device(base.device, other.device):
         raise InvalidParameter(
             "gpu_vs_cpu_speedup",
             f"both sides on {other.device}",
@@ -147,13 +148,32 @@ def check_devices(base: Side, other: Side) -> None:
         )
 
 
-def _plain(device: str) -> str:
-    """`6 x NVIDIA A100-80GB` and `a100 80 gb` are one device; so are the catalogue's names for one."""
-    one = re.sub(r"^\s*\d+\s*[x×]\s*", "", device, flags=re.IGNORECASE)
+_COUNT = re.compile(r"^\s*\d+\s*[x×]\s*")
+_BRAND = re.compile(
+    r"\b(nvidia|amd|intel|tesla|geforce|xeon|platinum|gold|silver|dual|spr|processor|cpu|gpu|\d+[ -]core)\b|\((r|tm)\)"
+)
+_MEMORY = re.compile(r"\b(\d+) ?gb\b|\bhbm\d?e?\b")
+_FORM = re.compile(r"\b(sxm\d?|pcie|nvl)\b")
+
+
+def same_device(one: str, other: str) -> bool:
+    """Whether two names may be those of one device: `6 x NVIDIA A100-SXM4-80GB` and `a100 80 gb` are, and so are the
+    catalogue's names for one. What one of them leaves out, memory or form, is no difference."""
+    (plain, memory, form), (others, other_memory, other_form) = _parts(one), _parts(other)
     with suppress(InvalidParameter):
-        return find_device(one).name
-    letters = re.sub(r"[\W_]", "", one.casefold())
-    return re.sub(r"gb$", "", re.sub(r"^(nvidia|amd|intel)", "", letters))
+        if find_device(_COUNT.sub("", one)) is find_device(_COUNT.sub("", other)):
+            return True
+    known = (memory, other_memory), (form, other_form)
+    return plain == others and all(here == there or not here or not there for here, there in known)
+
+
+def _parts(device: str) -> tuple[str, str, str]:
+    """(model, GB, form) of a device's name; empty: it does not say."""
+    text = re.sub(r"[-_/,]", " ", _COUNT.sub("", device.casefold()))
+    memory, form = _MEMORY.search(text), _FORM.search(text)
+    plain = re.sub(r"[\W_]", "", _FORM.sub(" ", _MEMORY.sub(" ", _BRAND.sub(" ", text))))
+    # A name of nothing but brands is told apart by them.
+    return plain or text, (memory and memory[1]) or "", form[0][:3] if form else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +219,10 @@ class Comparison:
         return self.base_kwh.total * speedup / self.speedup.value - self.other_kwh.total
 
     @property
-    def significant(self) -> bool:
-        """Whether the difference has one sign over the whole interval."""
+    def significant(self) -> bool | None:
+        """Whether the difference has one sign over the whole interval; None: no spread is known, so nobody can say."""
         low, high = self.saved_interval
-        return low > 0 or high < 0
+        return low > 0 or high < 0 if self.speedup.measured > 1 else None
 
     @property
     def cost(self) -> float:
@@ -282,16 +302,17 @@ def _shown(value: float) -> str:
 def sign_sentence(found: Comparison) -> str:
     """What the sign means, and what it is here."""
     rule = (
-        f"Savings are what the base's nodes use less what one {found.other.name} node uses: a negative figure, in "
+        f"Savings are what the base's nodes use less what one node of {found.other.name} uses: a negative figure, in "
         "parentheses, is a cost, not a saving."
     )
     saved, (low, high) = found.saved.total, found.saved_interval
-    if not found.significant:
+    if found.significant is False:
         between = f"between {accounting(low)} and {accounting(high)} kWh a year"
         return f"{rule} Here there is no significant difference: {between}, as the measurements scatter."
     direction, meaning = ("more", "an extra cost") if saved < 0 else ("less", "a saving")
+    once = " One side was measured once: how far that scatters is not known." if found.speedup.measured == 1 else ""
     return (
-        f"{rule} Here one {found.other.name} node uses {accounting(abs(saved))} kWh a year {direction} than the "
-        f"{found.nodes:.4g} {found.base.name} nodes that do its work: {meaning} of "
-        f"${accounting(abs(found.cost), 2)} a year."
+        f"{rule} Here one node of {found.other.name} uses {accounting(abs(saved))} kWh a year {direction} than the "
+        f"{found.nodes:.4g} nodes of {found.base.name} that do its work: {meaning} of "
+        f"${accounting(abs(found.cost), 2)} a year.{once}"
     )

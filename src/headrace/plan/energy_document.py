@@ -11,8 +11,10 @@ from headrace.plan.document import Basis, Column, Document, Quantity, Table
 from headrace.plan.energy import Comparison, Load, Side
 
 STUDY = "published table of annual energy savings per GPU node (NVLM study)"
+ARITHMETIC = f"formulas of the {STUDY}"
 PUE_1 = "as in the published table, which counts the computers alone"
 INPUT = "input"
+DEFAULT = "not given: the command's default"
 EPA = "EPA, greenhouse gas equivalencies calculator"
 TRT = "NVIDIA, TensorRT-LLM on H100 against A100: speed-ups, energy and total cost of ownership"
 NOT_EVIDENCE = (
@@ -71,7 +73,7 @@ def _constants(found: Comparison, equivalents: bool) -> list[Quantity]:
     speedup, load = found.speedup, found.load
     how = {
         "published": STUDY,
-        "measured": f"given: {speedup.measured} or more measurements of each side",
+        "measured": f"given: at least {speedup.measured} of each side; medians, and the worst and the best pair",
     }.get(speedup.basis, "given")
     low, high = (speedup.low, speedup.high) if speedup.measured > 1 else (None, None)
     rows = [
@@ -117,20 +119,19 @@ def _setting(load: Load, name: str, source: str) -> tuple[str, Basis]:
 
 def _results(found: Comparison, equivalents: bool) -> list[Quantity]:
     basis = _basis(found)
-    low, high = found.saved_interval if found.speedup.measured > 1 else (None, None)
+    load, ends = found.load, found.saved_interval if found.speedup.measured > 1 else ()
+
+    def saved(name: str, unit: str, formula: str, per_kwh: float) -> Quantity:
+        low, high = (end * per_kwh for end in ends) if ends else (None, None)
+        return Quantity(name, found.saved.total * per_kwh, unit, formula, ARITHMETIC, basis, low, high)
+
+    over = f"{load.years:g} years"
     rows = [
-        Quantity("base nodes for one other node", found.nodes, "nodes", energy.NODES, STUDY, basis),
-        Quantity("energy saved", found.saved.total, "kWh/year", energy.SAVED, STUDY, basis, low, high),
-        Quantity("cost saved", found.cost, "$/year", energy.COST, STUDY, basis),
-        Quantity(
-            f"cost saved in {found.load.years:g} years",
-            found.cost * found.load.years,
-            "$",
-            f"{energy.COST} x years",
-            STUDY,
-            basis,
-        ),
-        Quantity("CO₂ saved", found.co2, "t/year", energy.CO2, STUDY, basis),
+        Quantity("base nodes for one other node", found.nodes, "nodes", energy.NODES, ARITHMETIC, basis),
+        saved("energy saved", "kWh/year", energy.SAVED, 1.0),
+        saved("cost saved", "$/year", energy.COST, load.price_per_kwh),
+        saved(f"cost saved in {over}", "$", f"{energy.COST} x years", load.price_per_kwh * load.years),
+        saved("CO₂ saved", "t/year", energy.CO2, load.grid.tonnes),
     ]
     if equivalents:
         cars, seedlings = "t CO₂ / t of a car and year", "t CO₂ / t of a seedling in 10 years"
@@ -175,11 +176,12 @@ def _per_tokens(found: Comparison, tokens_per_s: float) -> list[Quantity]:
 
 def _tables(found: Comparison, equivalents: bool) -> list[Table]:
     shown = energy.printed(found, equivalents)
+    used = f"{energy.COMPUTE} + {energy.NETWORK}"
     columns = (
         Column("kWh a year"),
-        Column(found.base.name, "kWh", energy.COMPUTE),
-        Column(found.other.name, "kWh", energy.COMPUTE),
-        Column("savings", "kWh", energy.SAVED),
+        Column(found.base.name, "kWh", used, ARITHMETIC),
+        Column(found.other.name, "kWh", used, ARITHMETIC),
+        Column("savings", "kWh", energy.SAVED, ARITHMETIC),
     )
     words = {"compute": "compute", "network": "networking", "total": "total"}
     rows = [
@@ -196,9 +198,10 @@ def _tables(found: Comparison, equivalents: bool) -> list[Table]:
         meaning.append(("seedlings grown 10 years", shown["seedlings"], "seedlings"))
     title = f"Annual energy savings per node: {found.other.name} against {found.base.name}"
     note = "Rounded half up by magnitude; parentheses: negative."
+    value = Column("value", "", "savings in kWh x price, x grid factor, / a car's or a seedling's CO₂", ARITHMETIC)
     return [
         Table(title, columns, rows, (note,)),
-        Table("What the savings come to", (Column("savings"), Column("value"), Column("unit")), meaning, (note,)),
+        Table("What the savings come to", (Column("savings"), value, Column("unit")), meaning, (note,)),
     ]
 
 
@@ -220,7 +223,7 @@ def tensorrt_llm() -> Part:
         value = energy.energy_ratio(speedup, energy.A100_NODE_KW, energy.H100_NODE_KW)
         tco = speedup / middle
         formula = "speed-up x cost of A100 / cost of H100"
-        note = f"published: {ratio:g}; at the middle of the interval below"
+        note = f"published: {ratio:g}. A check, no prediction: the price ratio below is the one that fits both claims"
         rows += [
             Quantity(f"speed-up, {model}", speedup, "x", INPUT, TRT, "published"),
             Quantity(f"energy ratio, {model}", value, "x", energy.ENERGY_RATIO, TRT, "published"),
@@ -245,40 +248,61 @@ def tensorrt_llm() -> Part:
 # ---------------------------------------------------------------- money
 
 
-def rent(price_per_hour: float, source: str, basis: Basis, requests: float | None, tokens: float | None) -> Part:
+@dataclass(frozen=True, slots=True)
+class Hour:
+    """What an hour of a machine costs."""
+
+    price: float
+    """Dollars."""
+    source: str = "given"
+    basis: Basis = "given"
+    owned: bool = False
+
+
+def work(hour: Hour, requests: float | None, tokens: float | None) -> Part:
     """Cost of a request and of a million tokens; `requests`, `tokens`: per second."""
-    rows = [Quantity("price of an hour", price_per_hour, "$/h", INPUT, source, basis)]
+    how = "owned" if hour.owned else "rented"
+    rows = []
     if requests is not None:
-        value = cost.cost_per_request(price_per_hour, requests)
-        rows.append(Quantity("cost of a request", value, "$", cost.PER_REQUEST, f"at {requests:g} requests/s", basis))
+        value, at = cost.cost_per_request(hour.price, requests), f"at {requests:g} requests/s"
+        rows.append(Quantity(f"cost of a request, {how}", value, "$", cost.PER_REQUEST, at, hour.basis))
     if tokens is not None:
-        value = cost.cost_per_million_tokens(price_per_hour, tokens)
-        source = f"at {tokens:g} tokens/s"
-        rows.append(Quantity("cost of a million tokens", value, "$/Mtoken", cost.PER_MILLION_TOKENS, source, basis))
+        value, at = cost.cost_per_million_tokens(hour.price, tokens), f"at {tokens:g} tokens/s"
+        name = f"cost of a million tokens, {how}"
+        rows.append(Quantity(name, value, "$/Mtoken", cost.PER_MILLION_TOKENS, at, hour.basis))
     return Part(rows)
 
 
-def ownership(machine: Purchase, rent_per_hour: float | None, load: Load) -> Part:
-    """Total cost of ownership; with a rent, when buying has paid for itself."""
+def rent(hour: Hour) -> Part:
+    return Part([Quantity("rent of an hour", hour.price, "$/h", INPUT, hour.source, hour.basis)])
+
+
+def ownership(machine: Purchase, rent_per_hour: float | None, load: Load, given: frozenset[str]) -> Part:
+    """Total cost of ownership; with a rent, when buying has paid for itself. `given`: what the user set of life_years
+    and fixed_per_hour."""
+    life, fixed = ("given" if name in given else DEFAULT for name in ("life_years", "fixed_per_hour"))
+    hours_a_year = f"years x {load.hours_per_year:g} hours of use a year"
     rows = [
         Quantity("price of the machine", machine.price, "$", INPUT, "given", "given"),
-        Quantity("its life", machine.life_hours, "h", INPUT, "given", "given"),
+        Quantity("hours of use in its life", machine.life_hours, "h", hours_a_year, life, "given"),
         Quantity("its power", machine.kw, "kW", INPUT, "given", "given"),
         Quantity("PUE", machine.pue, "", "building / computers", *_setting(load, "pue", PUE_1)),
         Quantity("price of power", machine.price_per_kwh, "$/kWh", INPUT, *_setting(load, "price_per_kwh", STUDY)),
-        Quantity("fixed costs", machine.fixed_per_hour, "$/h", INPUT, "given", "given"),
-        Quantity("TCO of an hour", machine.tco_per_hour, "$/h", cost.TCO, "given", "given"),
+        Quantity("fixed costs", machine.fixed_per_hour, "$/h", INPUT, fixed, "given"),
+        Quantity("TCO of an hour of use", machine.tco_per_hour, "$/h", cost.TCO, "figures above", "given"),
     ]
     if rent_per_hour is None:
         return Part(rows)
     hours = machine.break_even_hours(rent_per_hour)
     if hours is None:
         why = "never: rent is not above what running the own machine costs"
-        rows.append(Quantity("buying beats renting after", None, "h", cost.BREAK_EVEN, "given", "given", note=why))
+        rows.append(
+            Quantity("buying beats renting after", None, "h", cost.BREAK_EVEN, "figures above", "given", note=why)
+        )
         return Part(rows, (), (f"Renting stays cheaper: {why[7:]}.",))
-    rows.append(Quantity("buying beats renting after", hours, "h", cost.BREAK_EVEN, "given", "given"))
+    rows.append(Quantity("buying beats renting after", hours, "h", cost.BREAK_EVEN, "figures above", "given"))
     years = hours / load.hours_per_year
-    within = "within its life" if hours <= machine.life_hours else "later than its life: rent"
+    within = "within its life" if hours <= machine.life_hours else "later than its life: renting is cheaper"
     note = (
         f"Bought, it has paid for itself after {accounting(hours)} hours of use ({years:.3g} years at "
         f"{load.hours_per_year:g} hours a year), {within}."
@@ -290,11 +314,11 @@ def options(choices: Sequence[Option]) -> Part:
     """Ways to run the same work, by their cost of a million tokens."""
     columns = (
         Column("option"),
-        Column("price", "$/h"),
-        Column("cost", "$/Mtoken", cost.PER_MILLION_TOKENS),
-        Column("best measured", "$/Mtoken"),
-        Column("worst measured", "$/Mtoken"),
-        Column("verdict"),
+        Column("price", "$/h", INPUT, "given, or the device catalogue (Mélange's GPU table)"),
+        Column("cost", "$/Mtoken", cost.PER_MILLION_TOKENS, "median of the given tokens/s"),
+        Column("best measured", "$/Mtoken", cost.PER_MILLION_TOKENS, "largest of the given tokens/s"),
+        Column("worst measured", "$/Mtoken", cost.PER_MILLION_TOKENS, "smallest of the given tokens/s"),
+        Column("verdict", "", "against the cheapest: whether both spreads overlap, else the ratio"),
     )
     rows: list[tuple[str | float, ...]] = []
     for option, said in zip(choices, verdicts(choices), strict=True):

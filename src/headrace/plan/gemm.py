@@ -18,7 +18,8 @@ from random import Random
 from typing import Any, Literal
 
 from headrace.core.errors import BackendUnavailable, InvalidParameter
-from headrace.plan.gemm_sweep import BITS, Point, Product, Sweep
+from headrace.plan.gemm_sweep import Point, Product, Sweep
+from headrace.plan.probe_programs import BITS
 
 TREES, DEPTH, SEED = 100, 6, 42
 FOLDS = 5
@@ -228,14 +229,15 @@ def hold_out(points: Sequence[Point]) -> HeldOut:
 class Prediction:
     product: Product
     seconds: float
-    low: float
-    high: float
-    """Of seconds: LEVEL of the held-out errors of this method and precision are inside."""
+    low: float | None
+    high: float | None
+    """Of seconds: LEVEL of the held-out errors of this method and precision are inside. None outside of the sweep,
+    where no error was ever measured."""
     method: Method
     joules: float | None
     """None: no power was measured."""
     inside: bool
-    """Whether m, n, k and the precision are within what was swept."""
+    """Whether m, n, k and the weight's size are within what was swept."""
 
 
 class Predictor:
@@ -249,7 +251,7 @@ class Predictor:
         products = [one.product for one in sweep.points]
         self.precisions = tuple(name for name in BITS if any(one.precision == name for one in products))
         self._bounds = tuple(
-            (min(values), max(values)) for values in zip(*((one.m, one.n, one.k) for one in products), strict=True)
+            (min(values), max(values)) for values in zip(*(self._sizes(one) for one in products), strict=True)
         )
 
     @property
@@ -276,12 +278,19 @@ class Predictor:
             if method != "forest":
                 ceilings = self.ceilings
                 guess = ceilings.seconds(product) if method == "roofline" else ceilings.scaled_seconds(product)
-            wide = math.exp(self.held_out.score(method, product.precision).high_error)
             joules = None if watts is None else watts * guess
             inside = self._is_inside(product)
-            found.append(Prediction(product, guess, guess / wide, guess * wide, method, joules, inside))
+            low, high = None, None
+            if inside:
+                wide = math.exp(self.held_out.score(method, product.precision).high_error)
+                low, high = guess / wide, guess * wide
+            found.append(Prediction(product, guess, low, high, method, joules, inside))
         return found
 
+    @staticmethod
+    def _sizes(product: Product) -> tuple[int, int, int, int]:
+        return product.m, product.n, product.k, product.n * product.k
+
     def _is_inside(self, product: Product) -> bool:
-        sizes = (product.m, product.n, product.k)
+        sizes = self._sizes(product)
         return all(low <= size <= high for size, (low, high) in zip(sizes, self._bounds, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from headrace.plan.document import Column, Document, Plot, Quantity, Series, Table, Value
 from headrace.plan.gemm import DEPTH, FOLDS, LEVEL, METHODS, SEED, TREES, Method, Prediction, Predictor, Score
-from headrace.plan.gemm_sweep import Product
+from headrace.plan.gemm_sweep import ROUNDS, Product
 
 R2 = "1 - Σ(y - ŷ)² / Σ(y - mean y)², y = ln seconds, of points whose weight's shape was held out"
 MEDIAN = "median of |predicted - measured| / measured, of points whose weight's shape was held out"
@@ -14,6 +14,7 @@ ROOFLINE = "max(bytes / bandwidth, FLOPs / peak): the highest rates of the train
 SCALED = "roofline × the median of measured / roofline in the training half, by precision"
 FOREST = f"roofline × exp(forest), {TREES} trees of depth {DEPTH}, seed {SEED}"
 FORMULAS: Mapping[Method, str] = {"forest": FOREST, "roofline": ROOFLINE, "scaled roofline": SCALED}
+QUICKEST = f"of the quickest of {ROUNDS} rounds, as the sweep keeps it"
 GPPERF = "GPPerf, random-forest predictor of GEMM time and power"
 LEAKAGE = (
     f"Errors are of shapes that were held out: {FOLDS} folds, and all points of a weight's shape are in one of them. "
@@ -132,13 +133,13 @@ def _methods() -> str:
 
 def _predictions(predictor: Predictor, predictions: Sequence[Prediction]) -> Table:
     source = _source(predictor)
-    interval = f"{LEVEL:.0%} of the held-out errors of this method and precision are inside"
+    interval = f"{LEVEL:.0%} of the held-out errors of this method and precision are inside; none outside of the sweep"
     columns = [
         Column("m"),
         Column("n"),
         Column("k"),
         Column("precision"),
-        Column("time", "µs", "by the method named in the row", source),
+        Column("time", "µs", f"by the method named in the row; {QUICKEST}", source),
         Column("low", "µs", interval, source),
         Column("high", "µs", interval, source),
         Column("rate", "GFLOP/s", "2mnk / time", source),
@@ -151,7 +152,7 @@ def _predictions(predictor: Predictor, predictions: Sequence[Prediction]) -> Tab
             one.product.n,
             one.product.k,
             one.product.precision,
-            *(_figures(value * 1e6) for value in (one.seconds, one.low, one.high)),
+            *(None if value is None else _figures(value * 1e6) for value in (one.seconds, one.low, one.high)),
             _figures(one.product.flops / one.seconds / 1e9),
             None if one.joules is None else _figures(one.joules),
             one.method,
@@ -184,11 +185,11 @@ def _notes(predictor: Predictor, predictions: Sequence[Prediction]) -> list[str]
     ]
     if sweep.busy:
         notes.append(
-            f"The machine was busy during the sweep (load average {sweep.load:.1f}, {sweep.threads} threads), and a "
-            f"product's times were {sweep.spread:.0%} apart: measure again when it is quiet."
+            f"The machine was busy during the sweep: other programs used {sweep.busy_cores:.1f} of {sweep.cores} "
+            f"cores, and a product's times were {sweep.spread:.0%} apart. Measure again when it is quiet."
         )
     if any(not one.inside for one in predictions):
-        notes.append("Outside of what was swept the forest knows nothing: the roofline answers there.")
+        notes.append("Outside of what was swept no error is known: a roofline answers there, without an interval.")
     return notes
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,20 +23,14 @@ from headrace.core import sizing, strict_json
 from headrace.core.errors import InvalidParameter
 from headrace.engine.energy import RaplMeter
 from headrace.engine.hardware import processor_name
+from headrace.plan.probe_programs import BITS, GROUP, PANEL, Programs, TimedProducts, copies
+from headrace.plan.probe_tools import BEYOND_CACHE, Watch, find_caches, last_cache, usable_cpus
+from headrace.plan.profile import is_busy
 
 if TYPE_CHECKING:
-    from headrace.backends.native._kernels import Packer, Session, Weight
     from headrace.engine.energy import Meter
 
 FORMAT = "headrace-gemm-sweep/1"
-BITS: Mapping[str, float] = {
-    "float32": 32,
-    "bfloat16": sizing.NATIVE_BITS["bf16"],
-    "int8": sizing.NATIVE_BITS["q8_0"],
-    "int4": sizing.NATIVE_BITS["q4_1"],
-}
-"""Precision -> bits of a weight as the native backend keeps it, scales included. Activations of the first two are
-float32, those of int8 and int4 are int8 with a scale for each 32 columns."""
 SHAPES: tuple[tuple[int, int], ...] = (
     *((n, k) for k in (256, 576, 1024, 1536, 2048) for n in (64, 256, 576, 1024, 1536, 3072)),
     (2048, 4096), (8192, 1024), (16384, 576),
@@ -57,11 +50,6 @@ MOST = 1e6
 """Of seconds, watts and a spread."""
 MOST_BYTES = 64 * 2**20
 """Of a sweep's file."""
-GROUP = 32
-"""k is a multiple of it where weights are codes."""
-PANEL = 16
-"""n is padded to a multiple of it."""
-VOCAB = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +92,7 @@ class Point:
     spread: float
     """(longest - quickest) / median of the rounds."""
     watts: float | None = None
-    """Of the machine while this product alone was repeated, by `Sweep.meter`."""
+    """While this product alone was repeated, of all that `Sweep.meter` counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +100,22 @@ class Sweep:
     points: Sequence[Point]
     machine: str
     """Model of the processor."""
+    cores: int
+    """CPUs that the process could use."""
     threads: int
     instruction_set: str
     version: str
     """Of headrace."""
     measured_at: str
     """Date and time, UTC."""
-    load: float | None
-    """Load average of the machine as the sweep began; None: not known."""
+    busy_cores: float | None
+    """Cores' worth of time that everything else took during the sweep; None: not known."""
     meter: str | None = None
-    """rapl; None: there is no meter, an estimate from the machine's load is none."""
+    """rapl: processors, and memory where it is counted apart; None: there is no meter, an estimate is none."""
 
     @property
     def busy(self) -> bool:
-        """Whether others used more than half of the threads' cores."""
-        return self.load is not None and self.load > self.threads / 2
+        return is_busy(self.busy_cores, self.cores)
 
     @property
     def spread(self) -> float:
@@ -153,25 +142,31 @@ def measure_sweep(
     products = {Product(m, n, k, precision) for m in rows for n, k in shapes for precision in precisions}
     if not products or rounds < 1:
         raise InvalidParameter("sweep", len(products), "at least one product and one round")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    cpus = usable_cpus()
+    watch = Watch(cpus)
+    programs = Programs(threads)
+    by_input = sorted(shapes, key=lambda shape: shape[1])
+    bench = TimedProducts(programs, {(n, k, one): 1 for n, k in by_input for one in precisions}, max(rows))
     times: dict[Product, list[float]] = {product: [] for product in products}
-    bench = _Bench(threads, shapes, precisions, max(rows))
     for _ in range(rounds):
         for m in rows:
-            for (n, k, precision), seconds in bench.run(m):
-                times[Product(m, n, k, precision)].append(seconds)
+            spent = bench.run(m)
+            for weight, (operation,) in bench.operations.items():
+                times[Product(m, *weight)].append(spent[operation])
+    busy_cores = watch.busy_cores()
     del bench
     meter = meter or RaplMeter.find()
-    watts = {} if meter is None else measure_power(meter, threads, shapes, rows, precisions)
+    watts = {} if meter is None else measure_power(meter, programs, shapes, rows, precisions)
     ordered = sorted(products, key=lambda one: (one.precision, one.n, one.k, one.m))
     return Sweep(
         tuple(_point(product, times[product], watts.get(product)) for product in ordered),
         machine=processor_name(),
+        cores=len(cpus),
         threads=threads,
-        instruction_set=_instruction_set(),
+        instruction_set=programs.instruction_set,
         version=__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        load=load,
+        busy_cores=busy_cores,
         meter=meter.source if watts and meter is not None else None,
     )
 
@@ -182,20 +177,22 @@ def _point(product: Product, seconds: Sequence[float], watts: float | None) -> P
 
 def measure_power(
     meter: Meter,
-    threads: int,
+    programs: Programs,
     shapes: Sequence[tuple[int, int]],
     rows: Sequence[int],
     precisions: Sequence[str],
     seconds: float = POWER_S,
 ) -> dict[Product, float]:
-    """Watts of the machine while a product is repeated for `seconds`, of POWER_SHAPES of the shapes and POWER_ROWS of
-    the rows, or of all where there are fewer."""
+    """Watts that the meter counts while a product is repeated for `seconds`, of POWER_SHAPES of the shapes and
+    POWER_ROWS of the rows, or of all where there are fewer. As many copies of a weight take turns as no cache holds, as
+    far as `copies` allows: reading memory takes power too."""
     found: dict[Product, float] = {}
+    nbytes = BEYOND_CACHE * last_cache(find_caches(usable_cpus()))
     chosen = sorted(shapes, key=math.prod)
     chosen = chosen[:: max(1, len(chosen) // POWER_SHAPES)]
     for n, k in chosen:
         for precision in precisions:
-            bench = _Bench(threads, [(n, k)], [precision], max(rows))
+            bench = TimedProducts(programs, {(n, k, precision): copies(n, k, precision, nbytes)}, max(rows))
             for m in [m for m in rows if m in POWER_ROWS] or rows:
                 bench.run(m)
                 began = monotonic()
@@ -205,77 +202,6 @@ def measure_power(
                 if (joules := meter.joules(now)) > 0:
                     found[Product(m, n, k, precision)] = joules / (now - began)
     return found
-
-
-class _Bench:
-    """A program with one product for each weight, and the threads that run it."""
-
-    def __init__(
-        self, threads: int, shapes: Sequence[tuple[int, int]], precisions: Sequence[str], most_rows: int
-    ) -> None:
-        """Raises BackendUnavailable."""
-        isa = _instruction_set()
-        from headrace.backends.native import _kernels
-        from headrace.core.types import SamplingParams
-
-        packer = _kernels.Packer(threads)
-        kv = _kernels.KvStore("float32", most_rows, 1)
-        program = _kernels.Program(isa, kv)
-        codes = any(_is_codes(precision) for precision in precisions)
-        outputs = {n: program.buffer(n) for n, _ in shapes}
-        self._products: dict[int, tuple[int, int, str]] = {}
-        for k in dict.fromkeys(k for _, k in shapes):
-            x = program.buffer(k, quantised=codes)
-            program.embed(_pack(packer, VOCAB, k, "float32"), 1.0, x)
-            if codes:
-                program.quantise(x)
-            for n in [n for n, other in shapes if other == k]:
-                for precision in precisions:
-                    linear = _kernels.Linear(_pack(packer, n, k, precision), None, 0)
-                    self._products[program.product([linear], x, outputs[n])] = n, k, precision
-        head, logits = program.size, program.buffer(VOCAB, head=True)
-        self._session: Session = _kernels.Session(
-            program.finish(), kv, VOCAB, 1, most_rows, most_rows, threads, head, logits
-        )
-        ids = [index % VOCAB for index in range(most_rows)]
-        self._session.admit(0, ids, most_rows, _kernels.RowSampling(SamplingParams(), most_rows, (), VOCAB), -1)
-        self._session.append_blocks(0, [0])
-        self._session.profile(True)
-
-    def run(self, m: int) -> Iterator[tuple[tuple[int, int, str], float]]:
-        """Every product once, with m rows: ((n, k, precision), seconds)."""
-        self._session.ask(0, 0, m, (), False, False, False, None)
-        self._session.run()
-        timings = self._session.take_timings().tolist()
-        found = ((self._products.get(number), end - begin) for number, _, begin, end in timings)
-        return ((product, max(1, spent) / 1e9) for product, spent in found if product is not None)
-
-
-def _is_codes(precision: str) -> bool:
-    return precision in ("int8", "int4")
-
-
-def _pack(packer: Packer, n: int, k: int, precision: str) -> Weight:
-    """A weight of random numbers; the packer has finished with it."""
-    import numpy as np
-
-    from headrace.backends.native import _kernels
-
-    block = np.random.default_rng(0).standard_normal(min(n * k, 1 << 18), np.float32)
-    numbers = np.resize(block, (n, k))
-    if _is_codes(precision):
-        weight = _kernels.quantise_numbers(packer, int(precision.removeprefix("int")), numbers, "f32")
-    else:
-        weight = _kernels.pack_numbers(packer, numbers, "f32", {"float32": "f32", "bfloat16": "bf16"}[precision])
-    packer.finish()
-    return weight
-
-
-def _instruction_set() -> str:
-    """The one the native backend takes. Raises BackendUnavailable without its kernels."""
-    from headrace.engine.model import create_backend
-
-    return str(create_backend("native").probe()["instructions"])
 
 
 # ---------------------------------------------------------------- files
@@ -308,7 +234,9 @@ def read_sweep(path: Path) -> Sweep:
         raise refusal
     for name, allowed in _HEADER.items():
         found = value.get(name)
-        if not isinstance(found, allowed) or isinstance(found, bool):
+        fewest = 1 if allowed == (int,) else 0
+        below = isinstance(found, int | float) and found < fewest
+        if not isinstance(found, allowed) or isinstance(found, bool) or below:
             raise InvalidParameter(f"sweep.{name}", found, "what `headrace plan gemm --save` writes there")
     points = tuple(_read_point(index, line) for index, line in enumerate(value["points"]))
     if len({point.product for point in points}) < len(points):
@@ -318,11 +246,12 @@ def read_sweep(path: Path) -> Sweep:
 
 _HEADER: Mapping[str, tuple[type, ...]] = {
     "machine": (str,),
+    "cores": (int,),
     "threads": (int,),
     "instruction_set": (str,),
     "version": (str,),
     "measured_at": (str,),
-    "load": (int, float, NoneType),
+    "busy_cores": (int, float, NoneType),
     "meter": (str, NoneType),
 }
 

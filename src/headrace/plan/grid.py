@@ -28,7 +28,7 @@ class Grid:
         return self.grams / GRAMS_PER_TONNE
 
 
-_EMBER = "Our World in Data, yearly electricity data (after Ember), {year}: mean over the country's generation"
+_EMBER = "Our World in Data, yearly electricity data (after Ember), {year}: mean of the generation, CO₂ equivalents"
 
 _COUNTRIES_2023: Mapping[str, tuple[str, float]] = {
     "ARG": ("Argentina", 354.103),
@@ -96,7 +96,7 @@ US_MARGINAL = Grid(
     "EPA AVERT, marginal emissions, weighted US mean, as EPA's equivalencies calculator had it until 2023",
 )
 GRIDS: Mapping[str, Grid] = {
-    "WORLD": Grid("world", 475.0, "CodeCarbon 3.3, its world average (IEA)"),
+    "WORLD": Grid("world", 475.0, "CodeCarbon 3.3, its world average (IEA 2019)"),
     "US-MARGINAL": US_MARGINAL,
     **{
         code: Grid(name, grams, _EMBER.format(year=year))
@@ -119,7 +119,7 @@ def find_grid(text: str) -> Grid:
         for code, grid in GRIDS.items():
             if wanted in (code.casefold(), grid.name.casefold()):
                 return grid
-        allowed = f"grams of CO₂ per kWh, or one of {', '.join(GRIDS)}"
+        allowed = f"grams of CO₂ per kWh, a country's English name, or one of {', '.join(GRIDS)}"
         raise InvalidParameter("grid", text, allowed) from None
     check_number("grid", grams, 0, 10_000)
     return Grid(shorten(grams), grams, "given", "given")

@@ -167,7 +167,7 @@ def published_table() -> Table:
     for tokens in LENGTHS:
         columns += [
             Column(f"{tokens:,} tokens", "", "see the row's formula", PAPER),
-            Column("published", "", "", PAPER),
+            Column("published", "", "as published", PAPER),
         ]
     notes = (
         "34B parameters, 68 GB of weights, 80 GB, 312 TFLOP/s, 2 TB/s, 20 GB/s to the host; GB of bytes = 2³⁰.",

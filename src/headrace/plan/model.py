@@ -141,7 +141,7 @@ def weights_by_precision(spec: ModelSpec, gpus: Sequence[int] = ALL_RANKS) -> Ta
     )
     notes = [f"{form}: {text}" for form, text in WEIGHT_FORMS.items()]
     notes.append("–: the heads are not dealt out evenly to so many")
-    return Table("Weights by precision and number of GPUs", columns, rows, notes)
+    return Table("Weights by precision and number of GPUs", columns, rows, notes, named_by=2)
 
 
 # ---------------------------------------------------------------- on a device
@@ -364,11 +364,11 @@ def what_fits(subject: Subject, held: Precision, question: Question) -> Table:
     best = "max(bytes / bandwidth, FLOPs / peak)"
     columns = (
         Column("device"),
-        Column("memory", "GiB", "", "plan.devices"),
-        Column("TP", "", "fewest of 1, 2, 4, 8"),
-        Column("PP", "", "fewest of 1, 2, 4, 8"),
+        Column("memory", "GiB", "by data sheet", "plan.devices"),
+        Column("TP", "", "fewest of 1, 2, 4, 8", "plan.room"),
+        Column("PP", "", "fewest of 1, 2, 4, 8", "plan.room"),
         Column("used a device", "GiB", "weights + step + KV", "core.sizing"),
-        Column("requests at most", "", "(memory − weights − step) / KV of a request"),
+        Column("requests at most", "", "(memory − weights − step) / KV of a request", "plan.room"),
         Column("TTFT", "s", best, ROOFLINE),
         Column("ITL", "ms", best, ROOFLINE),
         Column("throughput", "tokens/s", "B · output / (t(prefills) + (output − 1) · ITL)", ROOFLINE),

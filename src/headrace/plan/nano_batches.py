@@ -171,8 +171,8 @@ def shares(pulls: Sequence[Sequence[float]]) -> list[float]:
     while rising:
         step = min(1 - speeds[index] for index in rising)
         for resource in range(len(RESOURCES)):
-            wanted = sum(pulls[index][resource] for index in rising)
-            if wanted > ROUNDING:
+            wanted = sum(pulls[index][resource] for index in rising if pulls[index][resource] > ROUNDING)
+            if wanted:
                 room = 1 - sum(pull[resource] * speed for pull, speed in zip(pulls, speeds, strict=True))
                 step = min(step, max(room, 0.0) / wanted)
         for index in rising:
@@ -226,10 +226,12 @@ def retire(lengths: Sequence[int], slots: int, lag: int) -> Retired:
     while waiting or rows:
         while waiting and len(rows) < slots:
             rows.append((0, waiting.pop()))
-        steps += 1
-        computed += len(rows)
-        wasted += sum(1 for done, length in rows if done >= length)
-        rows = [(done + 1, length) for done, length in rows if done + 1 < length + lag]
+        # Up to the step after which the next row leaves: until then each does the same again and again.
+        ahead = min(length + lag - done for done, length in rows)
+        steps += ahead
+        computed += ahead * len(rows)
+        wasted += sum(max(0, done + ahead - max(done, length)) for done, length in rows)
+        rows = [(done + ahead, length) for done, length in rows if done + ahead < length + lag]
     return Retired(steps, computed, wasted)
 
 

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeGuard
 
-from headrace.plan.document import Quantity, Value
+from headrace.plan.document import Basis, Quantity, Value
 
 NONE = "–"
-DIGITS, INTERVAL_DIGITS, LEAST_DIGITS = 5, 3, 3
-"""Significant ones: of a number by itself, of the ends of an interval, of the smallest number of a column."""
+DIGITS, COLUMN_DIGITS, LEAST_DIGITS = 5, 4, 3
+"""Significant ones: of a number by itself, of the largest and of the smallest number of a column."""
+UNSURE_DIGITS = 3
+"""Of what was measured or simulated, and of an interval and what lies in it: more would say more than is known."""
+UNSURE: frozenset[Basis] = frozenset({"measured", "calibrated", "simulated"})
 LARGE, SMALL = 1e15, 1e-4
 """From the one on, and below the other, with a power of ten."""
 SPREAD = 1e3
@@ -62,7 +65,7 @@ def column_texts(values: Sequence[Value], unit: str = "") -> list[str]:
     """Of one column: floats with the same number of decimals where they are of a size; money in cents."""
     numbers = [float(one) for one in values if is_number(one)]
     sizes = [abs(one) for one in numbers if one]
-    plain = [number_text(one) for one in values]
+    plain = [number_text(one, COLUMN_DIGITS) for one in values]
     if not any(isinstance(one, float) for one in values) or not sizes or not all(map(math.isfinite, numbers)):
         return plain
     if max(sizes) > SPREAD * min(sizes) or max(sizes) >= LARGE or min(sizes) < SMALL:
@@ -71,7 +74,8 @@ def column_texts(values: Sequence[Value], unit: str = "") -> list[str]:
         decimals = 2
     else:
         needed = max(len(text.partition(".")[2]) for one, text in zip(values, plain, strict=True) if is_number(one))
-        of_largest, of_smallest = DIGITS - 1 - _power(max(sizes)), LEAST_DIGITS - 1 - _power(min(sizes), LEAST_DIGITS)
+        of_largest = COLUMN_DIGITS - 1 - _power(max(sizes), COLUMN_DIGITS)
+        of_smallest = LEAST_DIGITS - 1 - _power(min(sizes), LEAST_DIGITS)
         decimals = min(needed, max(0, of_largest, of_smallest))
     return [
         _fixed(float(one), decimals) if is_number(one) and one else text
@@ -98,19 +102,33 @@ def value_text(quantity: Quantity) -> str:
     value, unit = quantity.value, quantity.unit
     if value is None:
         return NONE
-    cents = _is_money(unit) and is_number(value) and abs(value) >= LEAST_CENTS
-    text = f"{column_texts([float(value)], unit)[0] if cents else number_text(value)} {unit}".strip()
-    if unit in BYTES and isinstance(value, int | float) and LEAST_BYTES <= abs(value) < math.inf:
+    in_interval = quantity.low is not None or quantity.high is not None
+    digits = UNSURE_DIGITS if in_interval or quantity.basis in UNSURE else DIGITS
+    if in_interval and is_number(value):
+        value = _rounded(value)
+    if _is_money(unit) and is_number(value) and abs(value) >= LEAST_CENTS:
+        text = column_texts([float(value)], unit)[0]
+    else:
+        text = number_text(value, digits)
+    text = f"{text} {unit}".strip()
+    if unit in BYTES and is_number(value) and LEAST_BYTES <= abs(value) < math.inf:
         scale = min(len(_BINARY) - 1, int(math.log2(abs(value)) // 10))
-        text += f" ({value / 1024**scale:.2f} {_BINARY[scale]})"
+        larger = value / 1024**scale
+        text += f" ({number_text(_rounded(larger)) if in_interval else f'{larger:.2f}'} {_BINARY[scale]})"
     return text
+
+
+def _rounded(value: float) -> float:
+    """To the digits of an interval, above its decimal point too."""
+    return float(f"{value:.{UNSURE_DIGITS - 1}e}")
 
 
 def interval_text(quantity: Quantity) -> str:
     """From its low to its high end; empty where there is none."""
-    if quantity.low is None and quantity.high is None:
+    ends = (quantity.low, quantity.high)
+    if ends == (None, None):
         return ""
-    return " to ".join(number_text(end, INTERVAL_DIGITS) for end in (quantity.low, quantity.high))
+    return " to ".join(NONE if end is None else number_text(_rounded(end), UNSURE_DIGITS) for end in ends)
 
 
 def source_text(quantity: Quantity) -> str:

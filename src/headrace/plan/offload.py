@@ -89,6 +89,9 @@ class Task:
     output: int
     resident: float = 0
     """Bytes that stay on the device whatever the policy: embedding, head, a vision side."""
+    head_flops: float = 0
+    """Of one row of logits."""
+    head_bytes: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,10 @@ class Stage:
 class Times:
     prefill: Stage
     decode: Stage
+    head: float
+    """Seconds of a token of each answer in the head."""
     total: float
-    """Seconds for the block: every layer, prompt and answer."""
+    """Seconds for the block: every layer, the head, prompt and answer."""
     throughput: float
     """Tokens/s of the answers."""
 
@@ -245,12 +250,15 @@ def _sums(overlap: Overlap) -> tuple[tuple[str, ...], ...]:
 
 
 def times(task: Task, rates: Rates, block: Block, policy: Policy) -> Times:
-    """T = prefill · layers + decode · layers · (output − 1)."""
+    """T = prefill · layers + decode · layers · (output − 1) + head · output. FlexGen leaves the head out."""
     shares = policy.shares
     before = _stage(prefill_busy(task, rates, block, shares), prefill_sums(rates.overlap))
     after = _stage(decode_busy(task, rates, block, shares), decode_sums(rates.overlap))
-    total = task.layers * (before.seconds + after.seconds * (task.output - 1))
-    return Times(before, after, total, block.sequences * task.output / total)
+    head = block.batches * max(
+        block.rows * task.head_flops / rates.matmul_decode, task.head_bytes / rates.device_bandwidth
+    )
+    total = task.layers * (before.seconds + after.seconds * (task.output - 1)) + head * task.output
+    return Times(before, after, head, total, block.sequences * task.output / total)
 
 
 def _stage(busy: Mapping[str, float], sums: Sequence[Sequence[str]]) -> Stage:

@@ -37,7 +37,7 @@ from headrace.plan.offload_machine import (
 from headrace.plan.placement import GB, Placement, Search, search, units, value_of_more
 
 FLEXGEN = "FlexGen, §4.3, and experimental/cost_model.py"
-TOTAL = "T = Tpre · layers + Tgen · layers · (output − 1)"
+TOTAL = "T = Tpre · layers + Tgen · layers · (output − 1) + head · output"
 LONGEST = "longest of its transfers and compute, as they overlap"
 BOUND = "rows · bandwidth / bytes streamed in a step"
 LINKS: Mapping[str, str] = {"host": "host link", "disk": "disk"}
@@ -116,7 +116,13 @@ def example_document(example: Example) -> Document:
 
 def checks_document() -> Document:
     """Every published figure that the formulas here are held against."""
-    compared = [Column("run"), Column("model", "tokens/s", TOTAL, FLEXGEN), Column("published", "tokens/s")]
+    compared = [
+        Column("run"),
+        Column("model", "tokens/s", f"FlexGen: {TOTAL}; DeepNVMe: {BOUND}", FLEXGEN),
+        Column("published", "tokens/s", "as published", "FlexGen, Table 2; DeepNVMe's announcement"),
+        Column("difference", "%", "model / published − 1", "derived"),
+        Column("note"),
+    ]
     rows: list[tuple[str, float, float, float, str]] = []
     for name, example in EXAMPLES.items():
         predicted = times(example.task, example.machine.rates, example.block, example.policy).throughput
@@ -142,10 +148,13 @@ def checks_document() -> Document:
         title="Offloading: formulas against published runs",
         quantities=quantities,
         tables=[
-            Table("Throughput", [*compared, Column("difference", "%"), Column("note")], rows),
+            Table("Throughput", compared, rows),
             Table(
                 "Published on a T4, prompt 512, output 32",
-                [Column("system"), *(Column(f"OPT-{size}", "tokens/s", source="FlexGen, Table 2") for size in SIZES)],
+                [
+                    Column("system"),
+                    *(Column(f"OPT-{size}", "tokens/s", "as published", "FlexGen, Table 2") for size in SIZES),
+                ],
                 FLEXGEN_TABLE,
             ),
         ],
@@ -165,13 +174,14 @@ SIZES = ("6.7B", "30B", "175B")
 def _time_quantities(task: Task, block: Block, found: Times, basis: Basis, source: str) -> list[Quantity]:
     n, m = task.layers, task.output
     whole = f"{block.rows} × {block.batches} sequences of {task.prompt} + {m} tokens"
-    step = n * found.decode.seconds
+    first, step = n * found.prefill.seconds + found.head, n * found.decode.seconds + found.head
     return [
         Quantity("throughput", found.throughput, "tokens/s", "sequences · output / T", FLEXGEN, basis, note=whole),
         Quantity("prefill of a layer, Tpre", found.prefill.seconds, "s", LONGEST, source, basis),
         Quantity("decode step of a layer, Tgen", found.decode.seconds, "s", LONGEST, source, basis),
-        Quantity("time to the first token", n * found.prefill.seconds, "s", "Tpre · layers", FLEXGEN, basis),
-        Quantity("time of a token after it", step, "s", "Tgen · layers", FLEXGEN, basis),
+        Quantity("head", found.head, "s", "larger of FLOPs / peak, bytes / bandwidth", source, basis),
+        Quantity("time to the first token", first, "s", "Tpre · layers + head", FLEXGEN, basis),
+        Quantity("time of a token after it", step, "s", "Tgen · layers + head", FLEXGEN, basis),
         Quantity("time in all", found.total, "s", TOTAL, FLEXGEN, basis),
     ]  # fmt: skip
 
@@ -234,7 +244,7 @@ def placement_table(task: Task, block: Block, policy: Policy, title: str = "Plac
         Column("size", "GB", "weights; kv · tokens · sequences; hidden · prompt · sequences", "core/sizing_work.py"),
     ]
     columns += [Column(f"on {tier}", "%", "linear programme", FLEXGEN) for tier in TIERS]
-    columns += [Column(f"{tier}, in units") for tier in TIERS]
+    columns += [Column(f"{tier}, in units", "", "share · units of the part", FLEXGEN) for tier in TIERS]
     return Table(title, [*columns, Column("unit")], rows)
 
 
@@ -246,9 +256,9 @@ def busy_table(found: Times) -> Table:
     columns = [
         Column("resource"),
         Column("prefill of a layer", "s", "bytes / bandwidth; FLOPs / peak", FLEXGEN),
-        Column("of its time", "%"),
+        Column("of its time", "%", "busy / time of the layer", "derived"),
         Column("decode step of a layer", "s", "bytes / bandwidth; FLOPs / peak", FLEXGEN),
-        Column("of its time", "%"),
+        Column("of its time", "%", "busy / time of the layer", "derived"),
     ]
     return Table("What a layer waits for", columns, rows)
 
@@ -260,8 +270,12 @@ def memory_table(task: Task, machine: Machine, best: Placement) -> Table:
         if room:
             used = max(peaks[tier].values())
             rows.append((tier, used / GB, room / GB, 100 * used / room))
-    columns = [Column("tier"), Column("peak", "GB", "home and working memory", FLEXGEN), Column("may be used", "GB")]
-    return Table("Memory", [*columns, Column("filled", "%")], rows)
+    columns = [
+        Column("tier"),
+        Column("peak", "GB", "home and working memory", FLEXGEN),
+        Column("may be used", "GB", "memory · --share", machine.source),
+    ]
+    return Table("Memory", [*columns, Column("filled", "%", "peak / may be used", "derived")], rows)
 
 
 def throughput_plot(found: Search, task: Task, machine: Machine) -> Plot:

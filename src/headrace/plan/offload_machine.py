@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.core.errors import InvalidParameter
-from headrace.core.sizing import weight_bytes
+from headrace.core.flops import head_flops
+from headrace.core.sizing import Matrix, weight_bytes
 from headrace.core.sizing_work import layer_load, opt_load
 from headrace.core.spec import ModelSpec
 from headrace.plan.devices import Device
@@ -87,7 +88,9 @@ def task_of(spec: ModelSpec, form: str, kv_dtype: str, prompt: int, output: int)
         raise InvalidParameter("prompt", prompt, f"at most {spec.context - output}, so that {output} more tokens fit")
     load = layer_load(spec, form, "bfloat16", kv_dtype)
     layers = len(spec.layers)
-    return Task(layers, load, prompt, output, weight_bytes(spec, form) - load.weights * layers)
+    head = Matrix(spec.vocab_size, spec.hidden_size).nbytes(form)
+    resident = weight_bytes(spec, form) - load.weights * layers
+    return Task(layers, load, prompt, output, resident, head_flops(spec), head)
 
 
 def machine_of(

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from headrace.core.errors import InvalidParameter
-from headrace.core.flops import all_reduce_bytes, attention_flops, causal_flops, head_flops, layer_products, token_flops
+from headrace.core.flops import (
+    all_reduce_bytes,
+    attention_flops,
+    causal_flops,
+    head_flops,
+    layer_products,
+    rank_bytes,
+    token_flops,
+)
 from headrace.core.sizing import Matrix, kv_bytes_per_token, layer_weights, weight_bytes
 from headrace.core.spec import LayerSpec, ModelSpec
 from headrace.plan.devices import Device
@@ -314,7 +322,7 @@ def document(
         ),
         tables=(_nano_table(found, traffic), _op_table(ops), published()),
         plots=(_use_plot(best), _nano_plot(found, optimum(node.compute, active))),
-        notes=(_room(spec, node, traffic),),
+        notes=(_room(spec, node, traffic), *_uneven(spec, node)),
         data={"makespans_s": {str(one.nano): one.timeline.makespan for one in found}, "serial_s": serial},
     )
 
@@ -450,6 +458,12 @@ def _nano_plot(found: Sequence[Overlap], bound: float) -> Plot:
             Series("optimal", [(at, bound) for at in ends], "dashed"),
         ),
     )
+
+
+def _uneven(spec: ModelSpec, node: Node) -> Sequence[str]:
+    if rank_bytes(spec, FORM, node.gpus, 1) is not None:
+        return ()
+    return (f"Its heads cannot be dealt out evenly to {node.gpus} GPUs: what is shown is a bound all the same.",)
 
 
 def _room(spec: ModelSpec, node: Node, traffic: Traffic) -> str:

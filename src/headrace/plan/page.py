@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from headrace.pages.markup import cell, figure, grid, listed, safe, whole_page
+from headrace.pages.markup import cell, figure, grid, listed, name_kind, safe, whole_page
 from headrace.plan.document import Column, Document, Plot, Quantity, Table, Value
 from headrace.plan.numbers import column_texts, interval_text, source_text, value_text
 from headrace.plan.plots import chart, has_points, undrawn
@@ -13,6 +13,8 @@ from headrace.plan.text import is_command, is_number_column
 
 MOST_ROWS = 1000
 """Of a table; --json has the rest."""
+ONE_LINE = 24
+"""Letters of the longest text of a column whose texts are not broken."""
 
 
 def page(document: Document, kicker: Sequence[str]) -> str:
@@ -35,8 +37,9 @@ def _quantities(quantities: Sequence[Quantity]) -> Iterator[str]:
         source = source_text(one)
         below = (one.formula, f"Source: {source}" if source else "")
         name = f'<th class="told" scope="row">{safe(one.name)}{"".join(_small(line) for line in below if line)}</th>'
-        rows.append(name + cell(value_text(one), "value", interval_text(one), one.basis, one.note))
-    yield grid((("", ""), ("value, what it rests on", "")), rows, "quantities")
+        interval = interval_text(one)
+        rows.append(name + cell(value_text(one), "value", interval and f"from {interval}", one.basis, one.note))
+    yield grid((("quantity, formula, source", ""), ("value, what it rests on", "")), rows, "quantities")
 
 
 def _small(line: str) -> str:
@@ -58,8 +61,8 @@ def _table(table: Table) -> Iterator[str]:
         yield f"<h2>{safe(table.title)}</h2>"
     rows: Sequence[Sequence[Value]] = table.rows[:MOST_ROWS]
     columns = [[row[index] for row in rows] for index in range(len(table.columns))]
-    kinds = ["number" if is_number_column(values) else "" for values in columns]
     texts = [column_texts(values, one.unit) for values, one in zip(columns, table.columns, strict=True)]
+    kinds = [_kind(*pair, index == 0) for index, pair in enumerate(zip(columns, texts, strict=True))]
     head = [
         (f"{one.name}, {one.unit}" if one.unit else one.name, kind)
         for one, kind in zip(table.columns, kinds, strict=True)
@@ -75,6 +78,16 @@ def _table(table: Table) -> Iterator[str]:
     told = [_origin(column) for column in table.columns if column.formula or column.source]
     if told:
         yield f"<details><summary>Where its columns are from</summary>\n{listed(told)}</details>"
+
+
+def _kind(values: Sequence[Value], texts: Sequence[str], first: bool) -> str:
+    """Class of a column's cells. Of the first one, which stays in sight: a long name is broken."""
+    if is_number_column(values):
+        return "number"
+    longest = max(texts, key=len, default="")
+    if first:
+        return name_kind(longest)
+    return "short" if len(longest) <= ONE_LINE else "text"
 
 
 def _row(texts: Sequence[Sequence[str]], kinds: Sequence[str], index: int) -> str:

@@ -16,6 +16,7 @@ from headrace.pages.chart_axes import (
     dot,
     fitted,
     line,
+    round_step,
     svg,
     text,
     text_width,
@@ -33,6 +34,8 @@ Y_ROOM = 40.0
 X_ROOM = 62.0
 KEY, AFTER_KEY = 34.0, 16.0
 """Width of a key's sample with its blank; blank after its name."""
+MOST_LINES = 3
+"""Of a key's name."""
 MOST_POINTS = 600
 """Of a series: more could not be told apart."""
 DOT = 4.0
@@ -77,8 +80,9 @@ def has_points(plot: Plot) -> bool:
 def chart(plot: Plot, width: float) -> str:
     """The figure; `has_points(plot)` holds."""
     drawn = [_drawn(plot, series, index) for index, series in enumerate(plot.series)]
-    places = _places(drawn, width)
-    top = LINE * (1 + max(row for _, row in places)) + 12
+    keys = [_wrapped(one.name, width - KEY - 8) for one in drawn]
+    places = _places(keys, width)
+    top = LINE * max(row + len(lines) for lines, (_, row) in zip(keys, places, strict=True)) + 12
     bottom = top + HEIGHT
     ys = [y for one in drawn for _, y in one.points]
     xs = [x for one in drawn for x, _ in one.points]
@@ -100,8 +104,8 @@ def chart(plot: Plot, width: float) -> str:
     for one in drawn:
         runs = [[(x_axis(x), y_axis(y)) for x, y in run] for run in one.runs]
         parts += _marks(one, runs)
-    for one, (x, row) in zip(drawn, places, strict=True):
-        parts += _key(one, x, LINE * row + 9, width)
+    for one, lines, (x, row) in zip(drawn, keys, places, strict=True):
+        parts += _key(one, lines, x, LINE * row + 9)
     return svg(width, bottom + 2 * LINE + 8, parts, _told(plot, drawn))
 
 
@@ -165,14 +169,8 @@ def _axis(values: Sequence[float], start: float, end: float, log: bool, room: fl
     if high - low <= max(SMALLEST, NARROWEST * max(abs(low), abs(high))):
         half = abs(high) / 2 if abs(high) >= SMALLEST else 0.5
         low, high = low - half, high + half
-    step = _step((high - low) / wanted)
+    step = round_step((high - low) / wanted)
     return Axis(start, end, math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
-
-
-def _step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, at or above `rough`; as Axis has it."""
-    power: float = 10.0 ** math.floor(math.log10(rough))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
 
 
 def _round_power(value: float, up: bool) -> float:
@@ -226,22 +224,34 @@ def _marks(one: Drawn, runs: Sequence[Sequence[Point]]) -> list[str]:
     return parts
 
 
-def _places(drawn: Sequence[Drawn], width: float) -> list[tuple[float, int]]:
-    """(x, row) of each series' key."""
+def _wrapped(name: str, room: float) -> list[str]:
+    """A series' name in lines that fit into `room`, broken between words; a longer word loses its middle."""
+    lines: list[str] = []
+    for word in name.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and len(lines) < MOST_LINES and text_width(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1:] = [longer]
+    return [fitted(one, room) for one in lines]
+
+
+def _places(keys: Sequence[Sequence[str]], width: float) -> list[tuple[float, int]]:
+    """(x, first row) of each series' key, whose lines are `keys`; one of several lines has its rows for itself."""
     places = []
     x, row = 4.0, 0
-    for one in drawn:
-        wide = KEY + min(text_width(one.name), width - KEY - 8) + AFTER_KEY
-        if x > 4 and x + wide - AFTER_KEY > width:
+    for lines in keys:
+        wide = KEY + max(map(text_width, lines)) + AFTER_KEY
+        if x > 4 and (len(lines) > 1 or x + wide - AFTER_KEY > width):
             x, row = 4.0, row + 1
         places.append((x, row))
-        x += wide
+        x, row = (x + wide, row) if len(lines) == 1 else (4.0, row + len(lines))
     return places
 
 
-def _key(one: Drawn, x: float, y: float, width: float) -> list[str]:
+def _key(one: Drawn, lines: Sequence[str], x: float, y: float) -> list[str]:
     sample = [_mark((x + 14, y), one)] if one.style == "dots" else [_stroke([(x, y), (x + 28, y)], one)]
-    return [*sample, text(x + KEY, y + 4, fitted(one.name, width - KEY - 8))]
+    return [*sample, *(text(x + KEY, y + 4 + LINE * index, said) for index, said in enumerate(lines))]
 
 
 def _told(plot: Plot, drawn: Sequence[Drawn]) -> str:

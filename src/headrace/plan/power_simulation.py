@@ -176,10 +176,13 @@ class Run:
         values = self.latencies[priority]
         return values[min(len(values) - 1, int(quantile * len(values)))]
 
-    def largest_rise(self, seconds: float) -> float:
-        """Largest rise of power within so many seconds, as a share of what is provisioned; after `WARM_UP_S`."""
+    def largest_rise(self, seconds: float) -> float | None:
+        """Largest rise of power within so many seconds, as a share of what is provisioned; after `WARM_UP_S`. None: the
+        run ended before."""
         span = max(1, round(seconds / self.telemetry_s))
         shares = self.shares[round(WARM_UP_S / self.telemetry_s) :]
+        if not shares:
+            return None
         lowest: deque[int] = deque()
         """Indices whose shares rise, the first the lowest of the last `span`."""
         most = 0.0

@@ -6,31 +6,40 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from headrace import __version__
-from headrace.core.errors import BackendUnavailable, InvalidParameter, OutOfMemory
-from headrace.engine.hardware import ROOT, probe_hardware, processor_name, read_text
+from headrace.core.errors import BackendUnavailable, OutOfMemory
+from headrace.engine.hardware import memory_limit, probe_hardware, processor_name
 from headrace.plan.probe_card import Card
 from headrace.plan.probe_disk import Disk
 from headrace.plan.probe_link import HostLink
-from headrace.plan.probe_tools import FIRST_CACHE, Bench, Probe, What, find_caches, last_cache, usable_cpus
-from headrace.plan.profile import Figure, Machine, Profile
+from headrace.plan.probe_tools import (
+    FIRST_CACHE,
+    Bench,
+    Probe,
+    Watch,
+    What,
+    check_threads,
+    find_caches,
+    last_cache,
+    usable_cpus,
+)
+from headrace.plan.profile import ROUNDS, Figure, Machine, Profile
 
-ROUNDS = 3
-MOST_ROUNDS = 9
 LIMIT_S = 50.0
-"""When rounds begin to be cut short: the whole is to stay below a minute."""
+"""What the rounds are cut to, and after which none begins: the whole is to stay below a minute."""
 PASSES_S = 0.1
 FEWEST_S = 0.01
-MEMORY_SHARE = 12
-"""A probe's largest array takes no more than this part of the free memory; it has about six such."""
-MOST_THREADS = 1024
+MEMORY_SHARE = 24
+"""A probe's largest array takes no more than this part of the free memory: it has nine such arrays, and eleven sets of
+weights, keys and values that may be as large."""
+OF_MEMORY = ("stream", "gather", "attend", "gemm", "application")
+"""Figures that need more than what caches hold."""
 LIBRARIES = ("numpy", "scipy")
 OnProgress = Callable[[str], None]
 
@@ -39,7 +48,6 @@ def run_probe(
     threads: int | None,
     folder: Path,
     *,
-    rounds: int = ROUNDS,
     on_progress: OnProgress = lambda text: None,
     pass_seconds: float = PASSES_S,
     cache_bytes: int | None = None,
@@ -47,10 +55,7 @@ def run_probe(
     """`threads`: None: as many as the engine takes. `folder`: whose disk is read. `cache_bytes`: of the last cache;
     None: as the system says. Raises InvalidParameter, OutOfMemory."""
     hardware = probe_hardware()
-    threads = hardware.cores if threads is None else threads
-    for name, value, most in (("threads", threads, MOST_THREADS), ("rounds", rounds, MOST_ROUNDS)):
-        if not 1 <= value <= most:
-            raise InvalidParameter(name, value, f"a whole number from 1 to {most}")
+    threads = check_threads(threads, hardware.cores)
     began = time.monotonic()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     cpus = usable_cpus()
@@ -65,7 +70,7 @@ def run_probe(
     watch = Watch(cpus)
     no_gpu = "" if hardware.gpu is not None else hardware.no_gpu or "no GPU"
     try:
-        figures, instruction_set = _measure(bench, folder, no_gpu, rounds, on_progress, began)
+        figures, instruction_set = _measure(bench, folder, no_gpu, on_progress, began)
     except MemoryError as error:
         raise OutOfMemory(f"probe: {hardware.free_memory_bytes >> 20} MiB of free memory are too little") from error
     busy = watch.busy_cores()
@@ -74,7 +79,7 @@ def run_probe(
         cores=hardware.cores,
         threads=threads,
         instruction_set=instruction_set,
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        memory_bytes=_memory_bytes(),
         caches={level: size for level, (size, _) in caches.items()},
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -88,7 +93,7 @@ def run_probe(
 
 
 def _measure(
-    bench: Bench, folder: Path, no_gpu: str, rounds: int, on_progress: OnProgress, began: float
+    bench: Bench, folder: Path, no_gpu: str, on_progress: OnProgress, began: float
 ) -> tuple[list[Figure], str | None]:
     """(figures, the native kernels' instruction set). `no_gpu`: why there is none."""
     made: list[Probe] = []
@@ -96,21 +101,23 @@ def _measure(
     try:
         on_progress("preparing")
         instruction_set = _prepare(bench, folder, no_gpu, made)
-        for number in range(rounds):
+        for number in range(1, ROUNDS + 1):
             round_began = time.monotonic()
             for one in made:
-                on_progress(f"round {number + 1} of {rounds}: {type(one).__name__}")
+                on_progress(f"round {number} of {ROUNDS}: {type(one).__name__}")
                 for what, value in one.round():
                     results.add(what, value)
             now = time.monotonic()
-            left = LIMIT_S - (now - began)
-            if (rounds - number - 1) * (now - round_began) > left:
-                bench.seconds = max(FEWEST_S, bench.seconds / 2)
+            left, needed = LIMIT_S - (now - began), (ROUNDS - number) * (now - round_began)
+            if left <= 0:
+                break
+            if needed > left:
+                bench.seconds = max(FEWEST_S, bench.seconds * left / needed)
     finally:
         for one in made:
             if isinstance(one, Disk | HostLink):
                 one.close()
-    return results.figures(bench.skipped), instruction_set
+    return results.figures(bench), instruction_set
 
 
 def _prepare(bench: Bench, folder: Path, no_gpu: str, made: list[Probe]) -> str | None:
@@ -142,45 +149,18 @@ class _Results:
         self.whats[what.key()] = what
         self.rounds.setdefault(what.key(), []).append(value)
 
-    def figures(self, skipped: Sequence[What]) -> list[Figure]:
-        whats = [(one, tuple(self.rounds[key])) for key, one in self.whats.items()] + [(one, ()) for one in skipped]
-        return [Figure(one.name, one.of, one.unit, rounds, one.note) for one, rounds in whats]
+    def figures(self, bench: Bench) -> list[Figure]:
+        found = []
+        for key, one in self.whats.items():
+            note = "; ".join(filter(None, (one.note, bench.note if one.name in OF_MEMORY else "")))
+            found.append(Figure(one.name, one.of, one.unit, tuple(self.rounds[key]), note))
+        return [*found, *(Figure(one.name, one.of, one.unit, (), one.note) for one in bench.skipped)]
 
 
-# ---------------------------------------------------------------- the machine
-
-
-class Watch:
-    """What everything but this process takes of the processors that it may use, from now on. Linux; elsewhere
-    unknown."""
-
-    def __init__(self, cpus: Collection[int], root: Path = ROOT) -> None:
-        self._names = frozenset(f"cpu{cpu}" for cpu in cpus)
-        self._root = root
-        self._began = self._now()
-
-    def _now(self) -> tuple[float, float, float] | None:
-        """(wall, processor time of all, of this process), seconds."""
-        own = os.times()
-        used, found = 0, 0
-        with suppress(ValueError, IndexError):
-            for line in (read_text(self._root / "proc/stat") or "").splitlines():
-                name, *ticks = line.split() or [""]
-                if name in self._names:
-                    # user, nice, system, idle, iowait, irq, softirq, steal: what is stolen is as lost as what is used
-                    used += sum(int(ticks[index]) for index in (0, 1, 2, 5, 6, 7))
-                    found += 1
-            if found == len(self._names):
-                return time.monotonic(), used / os.sysconf("SC_CLK_TCK"), own.user + own.system
-        return None
-
-    def busy_cores(self) -> float | None:
-        """Cores' worth of time that others took, on the average; None where the system does not say."""
-        now = self._now()
-        if self._began is None or now is None:
-            return None
-        wall, busy, own = (after - before for after, before in zip(now, self._began, strict=True))
-        return max(0.0, (busy - own) / wall) if wall > 0 else None
+def _memory_bytes() -> int:
+    limit, _ = memory_limit()
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return installed if limit is None else min(limit, installed)
 
 
 def _version(package: str) -> str | None:

@@ -17,6 +17,13 @@ ITERATIONS = 5
 """Of CG, a pass."""
 
 
+NOTES: Mapping[str, str] = {
+    "GEMV": "GEMV: by numpy's BLAS, with as many threads as that takes",
+    **dict.fromkeys(("SpMV", "CG"), "SpMV, CG: by scipy, with one thread"),
+}
+"""Where others than the probe's threads work: kernel -> who does."""
+
+
 class Applications:
     """GEMV (numpy's BLAS and its threads), Jacobi (numpy, the probe's threads), SpMV and CG (scipy, one thread)."""
 
@@ -34,7 +41,7 @@ class Applications:
         for name, measure in self._kernels.items():
             flops, nbytes, seconds = measure()
             of: Mapping[str, str | float] = {"kernel": name, "intensity": flops / nbytes}
-            yield What("application", of, "FLOP/s"), flops / seconds
+            yield What("application", of, "FLOP/s", NOTES.get(name, "")), flops / seconds
 
     def _gemv(self) -> None:
         import numpy as np

@@ -14,6 +14,8 @@ from headrace.plan.probe_tools import Bench, What
 
 FILE_BYTES = 96 * 2**20
 CHUNK = 4 * 2**20
+MOST_S = 3.0
+"""After which a slow disk is read no further."""
 ROOM = 4
 """Times the file's size that must be free: a probe fills no disk."""
 CACHED = "the page cache kept the file: this is memory, not the disk"
@@ -52,12 +54,12 @@ class Disk:
         if self._descriptor is None:
             return
         try:
-            seconds, cached = _read(self._descriptor)
+            nbytes, seconds, cached = _read(self._descriptor)
         except OSError as error:
             self._leave_out(error)
             return
         note = f"in {self._where}" + (f"; {CACHED}" if cached else "")
-        yield What("disk", {"where": self._where, "bytes": FILE_BYTES}, "bytes/s", note), FILE_BYTES / seconds
+        yield What("disk", {"where": self._where, "bytes": FILE_BYTES}, "bytes/s", note), nbytes / seconds
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -65,16 +67,19 @@ class Disk:
         self._descriptor = None
 
 
-def _read(descriptor: int) -> tuple[float, bool]:
-    """(seconds of all of it, whether the page cache had it in spite of all)"""
+def _read(descriptor: int) -> tuple[int, float, bool]:
+    """(bytes that were read: all, or as many as MOST_S allowed; seconds; whether the page cache had them in spite of
+    all)"""
     buffer = bytearray(CHUNK)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     cached = is_cached(descriptor, FILE_BYTES // 2)
     os.lseek(descriptor, 0, os.SEEK_SET)
-    began = time.perf_counter()
-    while os.readv(descriptor, [buffer]):
-        pass
-    return time.perf_counter() - began, cached
+    nbytes, began = 0, time.perf_counter()
+    while count := os.readv(descriptor, [buffer]):
+        nbytes += count
+        if time.perf_counter() - began > MOST_S:
+            break
+    return nbytes, time.perf_counter() - began, cached
 
 
 def is_cached(descriptor: int, offset: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from headrace.plan.document import Column, Document, Quantity, Table, Value
-from headrace.plan.profile import NOISY, Figure, Profile
+from headrace.plan.profile import JUDGED, NOISY, Figure, Profile
 from headrace.plan.roofline import SOURCE, product_intensity, roofline
 
 GIGA = 1e9
@@ -17,6 +17,7 @@ UNITS: Mapping[str, tuple[float, str]] = {
 """Unit of a figure -> (what it is divided by, unit that is shown)."""
 NANO_BELOW_S = 1e-7
 MEDIAN = "median of the rounds; a round: the median of its passes"
+OTHERS = "(processor time of all programs, stolen time included, − the probe's) / duration"
 SPREAD = "(largest − smallest) / median of the rounds"
 STREAM = "McCalpin: STREAM; bytes read and written, without write-allocate"
 KINDS: Mapping[str, str] = {
@@ -59,17 +60,20 @@ def describe(profile: Profile) -> Document:
 
 def _quantities(profile: Profile) -> list[Quantity]:
     machine, source = profile.machine, _source(profile)
-    given: list[tuple[str, Value, str]] = [
-        ("cores", machine.cores, ""),
-        ("threads", machine.threads, ""),
-        ("instruction set", machine.instruction_set or "native kernels not built", ""),
-        ("memory", machine.memory_bytes / GIGA, "GB"),
-        *((f"{level} cache", size / 2**10, "KiB") for level, size in sorted(machine.caches.items())),
-        ("other programs' load", machine.busy_cores, "cores"),
-        ("load average", machine.load_average, ""),
-        ("duration", profile.seconds, "s"),
+    given: list[tuple[str, Value, str, str]] = [
+        ("cores", machine.cores, "", "CPUs that the process may use, or its quota pays for"),
+        ("threads", machine.threads, "", "--threads, or one a core"),
+        ("instruction set", machine.instruction_set or "native kernels not built", "", "the widest with kernels"),
+        ("memory", machine.memory_bytes / GIGA, "GB", "installed, or the limit of the control group"),
+        *((f"{level} cache", size / 2**10, "KiB", "one of them") for level, size in sorted(machine.caches.items())),
+        ("other programs' load", machine.busy_cores, "cores", OTHERS),
+        ("load average", machine.load_average, "", "of the minute before"),
+        ("duration", profile.seconds, "s", "of the whole probe"),
     ]
-    found = [Quantity(name, value, unit, source="the system", basis="measured") for name, value, unit in given]
+    found = [
+        Quantity(name, value, unit, formula, "the system", "measured", note="" if value is not None else "not known")
+        for name, value, unit, formula in given
+    ]
     heads = [
         ("float32 products", "FLOP/s", _best(profile, ("float32",)), "largest of the products"),
         ("int8-activation products", "FLOP/s", _best(profile, ("int8", "int4")), "largest of the products"),
@@ -80,8 +84,9 @@ def _quantities(profile: Profile) -> list[Quantity]:
     ]
     for name, unit, one, formula in heads:
         found.append(_quantity(name, unit, one, f"{formula}; {MEDIAN}", source))
+    formula = f"{SPREAD}: the largest of {', '.join(JUDGED)}"
     spread = Quantity(
-        "largest spread", 100 * profile.worst_spread, "%", SPREAD, source, "measured", note=profile.verdict
+        "largest spread", 100 * profile.worst_spread, "%", formula, source, "measured", note=profile.verdict
     )
     return [*found, spread]
 

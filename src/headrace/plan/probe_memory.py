@@ -23,11 +23,13 @@ BLOCK = 1 << 16
 READ_FROM = 2 / 3
 """Of a first-level cache: what each thread has of the smallest working set."""
 READ_STEP = 4
+"""Times which the next working set is larger."""
 KIB = 2**10
 READ_ONCE = 1 << 25
 """Bytes that a pass reads at least, however small the working set."""
 GATHER_BYTES: Sequence[int] = (1 << 10, 1 << 14)
 """Of one piece: a token's keys or values of one layer, and a block of 16 of them (4 heads of 64, float32)."""
+GATHER_NOTE = "gather: bytes read and bytes written"
 SEED = 20
 
 
@@ -123,7 +125,8 @@ class Read:
         for size in self.sizes:
             times = max(1, READ_ONCE // size)
             seconds = self._bench.together(lambda thread, size=size, times=times: self._work(size, times))  # type: ignore[misc]
-            yield What("read", {"bytes": size}, "bytes/s"), size * times / seconds
+            note = self._bench.note if size == self.sizes[-1] else ""
+            yield What("read", {"bytes": size}, "bytes/s", note), size * times / seconds
 
     def _work(self, size: int, times: int) -> Pass:
         """The largest of the numbers: numpy's fastest loop that only reads."""
@@ -146,17 +149,12 @@ class Gather:
 
     def round(self) -> Iterator[tuple[What, float]]:
         for size in GATHER_BYTES:
-            pool, out = (one[: len(one) // (size // 4) * (size // 4)].reshape(-1, size // 4) for one in self._both)
+            width = size // 4
+            whole = len(self._pool) // width * width
+            pool, out = (one[:whole].reshape(-1, width) for one in (self._pool, self._out))
             order = self._random.permutation(len(pool))
             seconds = self._bench.together(lambda thread, p=pool, o=out, i=order: self._work(p, o, i, thread))  # type: ignore[misc]
-            yield (
-                What("gather", {"piece_bytes": size}, "bytes/s", "gather: bytes read and bytes written"),
-                2 * pool.nbytes / seconds,
-            )
-
-    @property
-    def _both(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self._pool, self._out
+            yield What("gather", {"piece_bytes": size}, "bytes/s", GATHER_NOTE), 2 * pool.nbytes / seconds
 
     def _work(self, pool: NDArray[Any], out: NDArray[Any], order: NDArray[Any], thread: int) -> Pass:
         part = share(len(order), thread, self._bench.threads)

@@ -4,13 +4,15 @@ operation's own time kept. And what a step of the engine costs that computes nex
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
 from headrace.core.flops import attention_flops, causal_flops
-from headrace.core.sizing import kv_bytes_per_token, product_flops
+from headrace.core.sizing import kv_bytes_per_token, product_bytes, product_flops
 from headrace.core.spec import AttentionSpec, EmbeddingSpec, LayerNorms, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from headrace.plan.probe_programs import BITS, SEED, VOCAB, Programs, TimedProducts, copies, run_once
 from headrace.plan.probe_tools import FEWEST_PASSES, MOST_PASSES, Bench, What
 
 if TYPE_CHECKING:
@@ -21,14 +23,9 @@ ROWS: Sequence[int] = (1, 4, 16, 64, 256)
 """M: tokens that a product meets at a time."""
 SHAPES: Sequence[tuple[int, int]] = ((2048, 2048), (640, 640))
 """N outputs, K inputs: of a model of a billion parameters, and of one of a hundred million."""
-WEIGHTS: Sequence[str] = ("float32", "int8", "int4")
-"""float32 activations with the first, int8 ones with the others."""
-FEWEST_PRODUCTS, MOST_PRODUCTS = 3, 288
-BEYOND_CACHE = 1.5
-"""Times the last cache: what the weights of one kind, or the keys and values of one type, take together, so that each
-is read from memory, as in a model's step."""
 ATTEND_NOTE = "by attention: bytes of keys and values that decoding rows read"
-VOCAB = 64
+OPERATION_NOTE = "an operation of a step: what one takes that computes next to nothing, as threads wait for each other"
+STEP_NOTE = "an engine step: scheduling, plan and sampling, with next to no model"
 ROW_TOKENS = 1024
 """Context of a row of the probe of attention."""
 DECODE_ROWS = 16
@@ -38,85 +35,21 @@ BLOCK = 16
 MOST_LAYERS = 16
 PREFILL = 512
 """Tokens of the prompt whose attention is timed."""
-WHOLE = -1
-"""In place of an operation: from the first one's beginning to the last one's end."""
 OPERATIONS = 64
 """Of the program that shows what one costs."""
-SEED = 9
 
 
-class _Programs:
-    """Makes programs and the sessions that run them."""
-
-    def __init__(self, threads: int) -> None:
-        """Raises BackendUnavailable."""
-        from headrace.engine.model import create_backend
-
-        self.instruction_set = str(create_backend("native").probe()["instructions"])
-        from headrace.backends.native import _kernels
-
-        self.kernels = _kernels
-        self.threads = threads
-        self.packer = _kernels.Packer(threads)
-
-    def pack(self, n: int, k: int, weights: str) -> _kernels.Weight:
-        import numpy as np
-
-        block = np.random.default_rng(SEED).standard_normal(min(n * k, 1 << 18), np.float32)
-        numbers = np.resize(block, (n, k))
-        if weights == "float32":
-            packed = self.kernels.pack_numbers(self.packer, numbers, "f32", "f32")
-        else:
-            packed = self.kernels.quantise_numbers(self.packer, int(weights.removeprefix("int")), numbers, "f32")
-        self.packer.finish()
-        return packed
-
-    def session(
-        self, program: _kernels.Program, kv: _kernels.KvStore, rows: int, most_tokens: int, context: int
-    ) -> _kernels.Session:
-        """Of a program without a head: nothing is sampled. Keeps each operation's time."""
-        head, logits = program.size, program.buffer(VOCAB, head=True)
-        limits = (VOCAB, rows, most_tokens, context)
-        session = self.kernels.Session(program.finish(), kv, *limits, self.threads, head, logits)
-        session.profile(True)
-        return session
-
-    def admit(self, session: _kernels.Session, row: int, tokens: int, blocks: Sequence[int]) -> None:
-        from headrace.core.types import SamplingParams
-
-        ids = [index % VOCAB for index in range(tokens)]
-        session.admit(row, ids, tokens, self.kernels.RowSampling(SamplingParams(), tokens, (), VOCAB), -1)
-        session.append_blocks(row, blocks)
-
-
-def _passes(bench: Bench, run: Iterator[Mapping[int, float]]) -> dict[int, float]:
-    """Operation -> median seconds of the passes that `run` gives."""
-    next(run)
+def _passes(bench: Bench, run: Callable[[], Mapping[int, float]]) -> dict[int, float]:
+    """Operation -> median seconds of passes; the first, which finds cold memory, is not counted."""
+    run()
     found: dict[int, list[float]] = {}
     end = time.perf_counter() + bench.seconds
-    for count, spent in enumerate(run, 1):
-        for operation, seconds in spent.items():
+    for count in range(1, MOST_PASSES + 1):
+        for operation, seconds in run().items():
             found.setdefault(operation, []).append(seconds)
-        if count >= FEWEST_PASSES and (count >= MOST_PASSES or time.perf_counter() > end):
+        if count >= FEWEST_PASSES and time.perf_counter() > end:
             break
     return {operation: median(seconds) for operation, seconds in found.items()}
-
-
-def _runs(session: _kernels.Session, asks: Sequence[tuple[int, int, int]]) -> Iterator[dict[int, float]]:
-    """One pass after another of the same (row, start, length): operation -> seconds."""
-    session.take_timings()
-    while True:
-        for row, start, length in asks:
-            session.ask(row, start, length, (), False, False, False, None)
-        session.run()
-        times = [one for one in session.take_timings().tolist() if one[0] >= 0]
-        spent = {operation: (end - begin) / 1e9 for operation, _, begin, end in times}
-        yield spent | {WHOLE: (times[-1][3] - times[0][2]) / 1e9}
-
-
-def _beyond_cache(bench: Bench, nbytes: int) -> int:
-    """How many things of this size are together larger than the last cache."""
-    return max(1, round(min(BEYOND_CACHE * bench.cache_bytes, bench.memory_bytes) / nbytes))
 
 
 class Products:
@@ -125,35 +58,20 @@ class Products:
     def __init__(self, bench: Bench) -> None:
         """Raises BackendUnavailable."""
         self._bench = bench
-        programs = _Programs(bench.threads)
+        programs = Programs(bench.threads)
         self.instruction_set = programs.instruction_set
-        self._sessions: dict[tuple[int, int, str], tuple[_kernels.Session, list[int], int]] = {}
+        self._products: dict[tuple[int, int, str], TimedProducts] = {}
         for n, k in SHAPES:
-            for weights in WEIGHTS:
-                self._sessions[n, k, weights] = self._program(programs, n, k, weights)
-
-    def _program(self, programs: _Programs, n: int, k: int, weights: str) -> tuple[_kernels.Session, list[int], int]:
-        """(session, its products, bytes of the weight of one)"""
-        kernels = programs.kernels
-        kv = kernels.KvStore("float32", max(ROWS), 1)
-        program = kernels.Program(programs.instruction_set, kv)
-        codes = weights != "float32"
-        x, y = program.buffer(k, quantised=codes), program.buffer(n)
-        program.embed(programs.pack(VOCAB, k, "float32"), 1.0, x)
-        if codes:
-            program.quantise(x)
-        first = programs.pack(n, k, weights)
-        count = max(FEWEST_PRODUCTS, min(MOST_PRODUCTS, _beyond_cache(self._bench, first.nbytes)))
-        packed = [first, *(programs.pack(n, k, weights) for _ in range(count - 1))]
-        operations = [program.product([kernels.Linear(one, None, 0)], x, y) for one in packed]
-        session = programs.session(program, kv, 1, max(ROWS), max(ROWS))
-        programs.admit(session, 0, max(ROWS), [0])
-        return session, operations, first.nbytes
+            for weights in BITS:
+                count = {(n, k, weights): copies(n, k, weights, bench.beyond_cache)}
+                self._products[n, k, weights] = TimedProducts(programs, count, max(ROWS))
 
     def round(self) -> Iterator[tuple[What, float]]:
-        for (n, k, weights), (session, operations, nbytes) in self._sessions.items():
+        for (n, k, weights), products in self._products.items():
+            (operations,) = products.operations.values()
+            nbytes = round(product_bytes(0, n, k, BITS[weights]))
             for rows in ROWS:
-                spent = _passes(self._bench, _runs(session, [(0, 0, rows)]))
+                spent = _passes(self._bench, partial(products.run, rows))
                 seconds = sum(spent[one] for one in operations) / len(operations)
                 of: Mapping[str, str | int] = {"weights": weights, "rows": rows, "n": n, "k": k, "weight_bytes": nbytes}
                 yield What("gemm", of, "FLOP/s"), product_flops(rows, n, k) / seconds
@@ -165,16 +83,13 @@ class Attention:
     def __init__(self, bench: Bench) -> None:
         """Raises BackendUnavailable."""
         self._bench = bench
-        programs = _Programs(bench.threads)
+        programs = Programs(bench.threads)
         self._stores = {dtype: _PagedRows(bench, programs, dtype) for dtype in KV_DTYPES}
 
     def round(self) -> Iterator[tuple[What, float]]:
         for dtype, store in self._stores.items():
             seconds = store.seconds(self._bench, store.decode)
-            yield (
-                What("attend", {"dtype": dtype}, "bytes/s", ATTEND_NOTE),
-                store.nbytes / seconds,
-            )
+            yield What("attend", {"dtype": dtype}, "bytes/s", ATTEND_NOTE), store.nbytes / seconds
             rate = DECODE_ROWS * attention_flops(store.spec, ROW_TOKENS) / seconds
             yield What("attention", {"phase": "decode", "dtype": dtype}, "FLOP/s"), rate
             rate = causal_flops(store.spec, PREFILL) / store.seconds(self._bench, [(0, 0, PREFILL)])
@@ -184,22 +99,21 @@ class Attention:
 class _PagedRows:
     """Rows with a full context of stored keys and values, in several layers."""
 
-    def __init__(self, bench: Bench, programs: _Programs, dtype: str) -> None:
+    def __init__(self, bench: Bench, programs: Programs, dtype: str) -> None:
         import numpy as np
 
         kernels = programs.kernels
         a_layer = DECODE_ROWS * ROW_TOKENS * kv_bytes_per_token(_model(1, HEADS, KV_HEADS, HEAD_DIM), dtype)
-        self.spec = _model(min(MOST_LAYERS, _beyond_cache(bench, a_layer)), HEADS, KV_HEADS, HEAD_DIM)
+        layers = max(1, min(MOST_LAYERS, round(bench.beyond_cache / a_layer)))
+        self.spec = _model(layers, HEADS, KV_HEADS, HEAD_DIM)
         self.nbytes = DECODE_ROWS * ROW_TOKENS * kv_bytes_per_token(self.spec, dtype)
         blocks = DECODE_ROWS * ROW_TOKENS // BLOCK
         kv = kernels.KvStore(dtype, BLOCK, blocks)
         numbers = [kv.add_layer(KV_HEADS, HEAD_DIM) for _ in self.spec.layers]
         qkv = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-        table = programs.pack(VOCAB, qkv, "float32")
-        store, program = (kernels.Program(programs.instruction_set, kv) for _ in range(2))
+        store, program = programs.program(kv), programs.program(kv)
         for one in (store, program):
-            x, y = one.buffer(qkv), one.buffer(HEADS * HEAD_DIM)
-            one.embed(table, 1.0, x)
+            x, y = programs.embedded(one, qkv), one.buffer(HEADS * HEAD_DIM)
             for layer in numbers:
                 one.rotate(x, HEADS, None, None, None, layer)
         shared = -1
@@ -214,13 +128,12 @@ class _PagedRows:
             for session in (filling, self._session):
                 programs.admit(session, row, ROW_TOKENS, its)
             # What was never written lies on no memory of its own.
-            filling.ask(row, 0, ROW_TOKENS, (), False, False, False, None)
-            filling.run()
+            run_once(filling, [(row, 0, ROW_TOKENS)])
         self.decode = [(row, ROW_TOKENS - 1, 1) for row in range(DECODE_ROWS)]
 
     def seconds(self, bench: Bench, asks: Sequence[tuple[int, int, int]]) -> float:
         """Of the attention of all layers."""
-        spent = _passes(bench, _runs(self._session, asks))
+        spent = _passes(bench, partial(run_once, self._session, asks))
         return sum(spent[one] for one in self._operations)
 
 
@@ -234,35 +147,34 @@ class Operations:
         import numpy as np
 
         self._bench = bench
-        programs = _Programs(bench.threads)
-        linear = programs.kernels.Linear(programs.pack(self.SMALL, self.SMALL, "float32"), None, 0)
+        programs = Programs(bench.threads)
+        (weight,) = programs.pack(self.SMALL, self.SMALL, "float32")
+        linear = programs.kernels.Linear(weight, None, 0)
         norm = programs.kernels.Norm("rms", 1e-5, np.ones(self.WIDTH, np.float32), None)
-        self._products = self._session(programs, self.SMALL, 1, linear)
-        self._norms = self._session(programs, self.WIDTH, self.TOKENS, norm)
+        self._products = self._session(programs, self.SMALL, 1, lambda to, x, y: to.product([linear], x, y))
+        self._norms = self._session(programs, self.WIDTH, self.TOKENS, lambda to, x, y: to.norm(norm, x, y, True))
 
     def _session(
-        self, programs: _Programs, width: int, tokens: int, operation: _kernels.Linear | _kernels.Norm
-    ) -> _kernels.Session:
-        kernels = programs.kernels
-        kv = kernels.KvStore("float32", tokens, 1)
-        program = kernels.Program(programs.instruction_set, kv)
-        x, y = program.buffer(width), program.buffer(width, quantised=True)
-        program.embed(programs.pack(VOCAB, width, "float32"), 1.0, x)
-        for _ in range(OPERATIONS):
-            if isinstance(operation, kernels.Linear):
-                program.product([operation], x, y)
-            else:
-                program.norm(operation, x, y, True)
+        self, programs: Programs, width: int, tokens: int, add: Callable[[_kernels.Program, int, int], int]
+    ) -> tuple[_kernels.Session, list[int]]:
+        """(session, its operations). `add(program, x, y)`: an operation more, -> its number."""
+        kv = programs.kernels.KvStore("float32", tokens, 1)
+        program = programs.program(kv)
+        x, y = programs.embedded(program, width), program.buffer(width, quantised=True)
+        numbers = [add(program, x, y) for _ in range(OPERATIONS)]
         session = programs.session(program, kv, 1, tokens, tokens)
         programs.admit(session, 0, tokens, [0])
-        return session
+        return session, numbers
+
+    def _seconds(self, session: _kernels.Session, numbers: Sequence[int], tokens: int) -> float:
+        """Of one operation."""
+        spent = _passes(self._bench, partial(run_once, session, [(0, 0, tokens)]))
+        return sum(spent[one] for one in numbers) / len(numbers)
 
     def round(self) -> Iterator[tuple[What, float]]:
-        alone = _passes(self._bench, _runs(self._products, [(0, 0, 1)]))[WHOLE] / OPERATIONS
-        yield What("operation", {}, "s", "an operation: what it takes whatever its size, as the threads meet"), alone
-        each = _passes(self._bench, _runs(self._norms, [(0, 0, self.TOKENS)]))[WHOLE] / OPERATIONS
-        numbers = self.WIDTH * self.TOKENS
-        yield What("rows", {}, "s", "norm and rounding: RMSNorm, then int8"), each / numbers
+        yield What("operation", {}, "s", OPERATION_NOTE), self._seconds(*self._products, 1)
+        each = self._seconds(*self._norms, self.TOKENS) / (self.WIDTH * self.TOKENS)
+        yield What("rows", {}, "s", "norm and rounding: RMSNorm, then int8"), each
 
 
 class Steps:
@@ -278,12 +190,7 @@ class Steps:
 
     def round(self) -> Iterator[tuple[What, float]]:
         for rows in self.ROWS:
-            yield (
-                What(
-                    "step", {"rows": rows}, "s", "an engine step: scheduling, plan and sampling, with next to no model"
-                ),
-                self._seconds(rows),
-            )
+            yield What("step", {"rows": rows}, "s", STEP_NOTE), self._seconds(rows)
 
     def _seconds(self, rows: int) -> float:
         """Median of the steps in which all rows decode."""

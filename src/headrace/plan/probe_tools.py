@@ -7,18 +7,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+from headrace.core.errors import InvalidParameter
 from headrace.engine.hardware import ROOT, as_int, read_text
 from headrace.plan.profile import Detail
 
 Pass = Callable[[], object]
 FEWEST_PASSES, MOST_PASSES = 3, 60
+LARGE = 4
+"""Times the last cache: an array of STREAM."""
+BEYOND_CACHE = 1.5
+"""Times the last cache."""
+MOST_THREADS = 1024
 DEFAULT_CACHE = 32 * 2**20
 """Of the last level, where the system does not say."""
 FIRST_CACHE = 32 * 2**10
@@ -54,10 +61,10 @@ class Bench:
     """Of all caches of the last level."""
     memory_bytes: int
     """Most that one array may take."""
+    seconds: float
+    """How long passes of one figure are repeated in a round."""
     first_cache: int = FIRST_CACHE
     """Bytes of one core's first-level cache."""
-    seconds: float = 0.15
-    """How long passes of one figure are repeated in a round."""
     skipped: list[What] = field(default_factory=list)
     """What cannot be measured here; `note` says why."""
 
@@ -65,7 +72,20 @@ class Bench:
     def large(self) -> int:
         """Bytes of an array that the caches hold no part of worth speaking of: STREAM asks for four times the last
         level."""
-        return min(4 * self.cache_bytes, self.memory_bytes)
+        return min(LARGE * self.cache_bytes, self.memory_bytes)
+
+    @property
+    def beyond_cache(self) -> float:
+        """Bytes of what is read once a pass, so that each pass finds it in memory, as a model's step does."""
+        return min(BEYOND_CACHE * self.cache_bytes, self.memory_bytes)
+
+    @property
+    def note(self) -> str:
+        """Of figures of memory where free memory did not allow arrays of the size that they need."""
+        if self.large == LARGE * self.cache_bytes:
+            return ""
+        wanted, had = LARGE * self.cache_bytes >> 20, self.large >> 20
+        return f"not of memory alone: arrays of {had} MiB instead of {wanted} MiB, for want of free memory"
 
     def repeat(self, work: Pass) -> float:
         """Median seconds of a pass; the first, which finds cold memory, is not counted."""
@@ -127,6 +147,15 @@ def share(count: int, thread: int, threads: int) -> slice:
     return slice(count * thread // threads, count * (thread + 1) // threads)
 
 
+def check_threads(threads: int | None, cores: int) -> int:
+    """As many as asked for; None: one a core, as an engine takes. Raises InvalidParameter."""
+    if threads is None:
+        return cores
+    if not 1 <= threads <= MOST_THREADS:
+        raise InvalidParameter("threads", threads, f"a whole number from 1 to {MOST_THREADS}")
+    return threads
+
+
 # ---------------------------------------------------------------- what the system says
 
 
@@ -155,3 +184,36 @@ def usable_cpus() -> frozenset[int]:
 def last_cache(caches: Mapping[str, tuple[int, int]]) -> int:
     """Bytes of all caches of the last level together."""
     return math.prod(caches[max(caches)]) if caches else DEFAULT_CACHE
+
+
+class Watch:
+    """What everything but this process takes of the processors that it may use, from now on. Linux; elsewhere
+    unknown."""
+
+    def __init__(self, cpus: Collection[int], root: Path = ROOT) -> None:
+        self._names = frozenset(f"cpu{cpu}" for cpu in cpus)
+        self._root = root
+        self._began = self._now()
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """(wall, processor time of all, of this process), seconds."""
+        own = os.times()
+        used, found = 0, 0
+        with suppress(ValueError, IndexError):
+            for line in (read_text(self._root / "proc/stat") or "").splitlines():
+                name, *ticks = line.split() or [""]
+                if name in self._names:
+                    # user, nice, system, idle, iowait, irq, softirq, steal: what is stolen is as lost as what is used
+                    used += sum(int(ticks[index]) for index in (0, 1, 2, 5, 6, 7))
+                    found += 1
+            if found == len(self._names):
+                return time.monotonic(), used / os.sysconf("SC_CLK_TCK"), own.user + own.system
+        return None
+
+    def busy_cores(self) -> float | None:
+        """Cores' worth of time that others took, on the average; None where the system does not say."""
+        now = self._now()
+        if self._began is None or now is None:
+            return None
+        wall, busy, own = (after - before for after, before in zip(now, self._began, strict=True))
+        return max(0.0, (busy - own) / wall) if wall > 0 else None

@@ -20,14 +20,24 @@ NOISY = 0.05
 """A figure whose rounds lie further apart than this share of their median is too noisy to be called repeatable."""
 MOST_BYTES = 4 * 2**20
 """Of a profile's file; a probe writes some tens of kilobytes."""
+ROUNDS = 3
+"""Of a probe; with fewer its spread says too little."""
+BUSY = 0.1
+"""A machine of whose cores others take more than this share is busy: figures are of all cores, and lose as much."""
 Detail = str | int | float
 JUDGED = ("gemm", "stream", "read", "gather", "attend", "card")
-"""Figures whose spread decides whether a probe is repeatable; a disk and a process switch have spreads of their own."""
+"""Figures whose spread decides whether a probe is repeatable; disk, links, applications and overheads are each judged
+by themselves."""
 
 
 def percent(share: float) -> str:
     """5.3 %, but 53 %."""
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+
+
+def is_busy(busy_cores: float | None, cores: int) -> bool:
+    """Whether others took more than BUSY of the cores; None: not known, and not called so."""
+    return (busy_cores or 0.0) > BUSY * cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Figure:
         """repeatable, or why it is not."""
         if self.spread is None:
             return self.note
+        if len(self.rounds) < ROUNDS:
+            return f"{len(self.rounds)} of {ROUNDS} rounds"
         return "repeatable" if self.spread <= NOISY else f"too noisy, spread {percent(self.spread)}"
 
 
@@ -74,6 +86,7 @@ class Machine:
     instruction_set: str | None
     """Of the native kernels; None: they are not built."""
     memory_bytes: int
+    """Of the machine, or what its control group may take of it."""
     caches: Mapping[str, int]
     """Level -> bytes of one such cache."""
     system: str
@@ -89,8 +102,7 @@ class Machine:
 
     @property
     def busy(self) -> bool:
-        """Whether others used more than half of the cores."""
-        return (self.busy_cores or 0.0) > self.cores / 2
+        return is_busy(self.busy_cores, self.cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +134,9 @@ class Profile:
     # ------------------------------------------------------------ rates
 
     def gemm_rate(self, weights: str, rows: float, n: int | None = None) -> float:
-        """FLOP/s (2 · M · N · K a product) of the native kernels, `rows` (M) tokens at a time, weights float32, int8 or
-        int4; between measured M log-linear, outside as at the nearest. `n`: of the shape nearest to it; None: the
-        largest. Raises InvalidParameter where no such product was measured."""
+        """FLOP/s (2 · M · N · K a product) of the native kernels, `rows` (M) tokens at a time, weights float32,
+        bfloat16, int8 or int4; between measured M log-linear, outside as at the nearest. `n`: of the shape nearest to
+        it; None: the largest. Raises InvalidParameter where no such product was measured."""
         found = [one for one in self.figures if one.name == "gemm" and one.rounds and one.of.get("weights") == weights]
         if not found:
             self.value("gemm", weights=weights)
@@ -134,16 +146,9 @@ class Profile:
             ((float(one.of["rows"]), one.value or 0.0) for one in found if float(one.of["n"]) == near), rows
         )
 
-    def read_bandwidth(self, nbytes: float | None = None) -> float:
-        """Bytes/s that all threads read together from a working set of this size; None: from memory. Raises
-        InvalidParameter."""
-        points = sorted((float(one.of["bytes"]), one.value or 0.0) for one in self._of("read"))
-        return points[-1][1] if nbytes is None else _between(points, nbytes)
-
-    @property
-    def stream(self) -> Mapping[str, float]:
-        """copy, scale, add, triad -> bytes/s as STREAM counts them: read and written, no write-allocate."""
-        return {str(one.of["kind"]): one.value or 0.0 for one in self._of("stream")}
+    def read_bandwidth(self) -> float:
+        """Bytes/s that all threads read together from memory: from the largest working set. Raises InvalidParameter."""
+        return max(self._of("read"), key=lambda one: float(one.of["bytes"])).value or 0.0
 
     def kv_bandwidth(self, dtype: str = "float32") -> float:
         """Bytes/s of keys and values that decode attention reads, as the native backend keeps them. Raises
@@ -212,27 +217,39 @@ class Profile:
         return max(rates, default=0.0)
 
     @property
+    def _judged(self) -> list[Figure]:
+        return [one for one in self.figures if one.name in JUDGED and one.rounds]
+
+    @property
+    def _rounds(self) -> int:
+        """Of the judged figure that has fewest; 0: there is none."""
+        return min((len(one.rounds) for one in self._judged), default=0)
+
+    @property
     def worst_spread(self) -> float:
         """Of the figures that decide."""
-        return max((one.spread or 0.0 for one in self.figures if one.name in JUDGED), default=0.0)
+        return max((one.spread or 0.0 for one in self._judged), default=0.0)
 
     @property
     def verdict(self) -> str:
         """Whether another probe of this machine may be expected to say the same, in a sentence."""
-        machine = self.machine
+        machine, judged = self.machine, self._judged
         if machine.busy:
             return (
                 f"not called repeatable: other programs used {machine.busy_cores:.1f} of {machine.cores} cores; "
                 "probe again when the machine is quiet"
             )
-        noisy = sum(1 for one in self.figures if one.name in JUDGED and (one.spread or 0.0) > NOISY)
+        if self._rounds < ROUNDS:
+            return f"not called repeatable: {self._rounds} of {ROUNDS} rounds were measured"
+        noisy = sum(1 for one in judged if (one.spread or 0.0) > NOISY)
+        worst = percent(self.worst_spread)
         if noisy:
-            return f"too noisy, spread {percent(self.worst_spread)}: {noisy} figures vary by more than {NOISY:.0%}"
-        return f"repeatable: the rounds of every figure lie within {NOISY:.0%} (largest spread {self.worst_spread:.1%})"
+            return f"too noisy, spread {worst}: {noisy} of {len(judged)} figures vary by more than {NOISY:.0%}"
+        return f"repeatable: products and memory vary by at most {worst} from round to round"
 
     @property
     def repeatable(self) -> bool:
-        return not self.machine.busy and self.worst_spread <= NOISY
+        return not self.machine.busy and self._rounds >= ROUNDS and self.worst_spread <= NOISY
 
     def as_json(self) -> dict[str, object]:
         """What is written; `read_profile` reads it back."""
@@ -333,8 +350,15 @@ def _check_machine(machine: Machine) -> None:
             raise ValueError(f"machine.{name}: got {shorten(value)}, needed a number from 0 or null")
 
 
-NUMBERS: Mapping[str, Sequence[str]] = {"gemm": ("rows", "n", "k"), "read": ("bytes",), "step": ("rows",)}
-"""Figures -> details that are numbers above 0: what lies between them is computed."""
+NUMBERS: Mapping[str, Sequence[str]] = {
+    "gemm": ("rows", "n", "k"),
+    "read": ("bytes",),
+    "step": ("rows",),
+    "card": ("memory_bytes",),
+}
+"""Figures -> details that are numbers above 0."""
+TEXTS: Mapping[str, Sequence[str]] = {"gemm": ("weights",), "stream": ("kind",), "card": ("card", "kind")}
+"""Figures -> details that are text."""
 
 
 def _figure(raw: Mapping[str, object]) -> Figure:
@@ -345,9 +369,13 @@ def _figure(raw: Mapping[str, object]) -> Figure:
         raise ValueError(f"{shorten(name)}: `of` is an object of numbers and text")
     if not isinstance(rounds, list) or not all(_is_number(value) and value > 0 for value in rounds):
         raise ValueError(f"{shorten(name)}: rounds are numbers above 0")
-    for key in NUMBERS.get(name, ()):
-        if not (_is_number(of.get(key)) and of[key] > 0):
-            raise ValueError(f"{shorten(name)}: {key} is a number above 0")
+    if rounds:
+        for key in NUMBERS.get(name, ()):
+            if not (_is_number(of.get(key)) and of[key] > 0):
+                raise ValueError(f"{shorten(name)}: {key} is a number above 0")
+        for key in TEXTS.get(name, ()):
+            if not isinstance(of.get(key), str):
+                raise ValueError(f"{shorten(name)}: {key} is text")
     return Figure(name, of, unit, tuple(map(float, rounds)), note)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.core.sizing import product_flops
+from headrace.core.sizing import product_bytes, product_flops
 from headrace.plan.document import Plot, Series
 from headrace.plan.profile import Figure, Profile
 
@@ -18,7 +18,8 @@ INTENSITIES: Sequence[float] = tuple(2.0**power for power in range(-5, 13))
 SOURCE = "Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009"
 PEAKS: Sequence[tuple[str, str]] = (("float32", "float32"), ("int8", "int8 × int8 or int4"))
 """Type of arithmetic -> how it is called."""
-PRODUCTS: Sequence[str] = ("float32", "int8", "int4")
+PRODUCTS: Sequence[str] = ("float32", "bfloat16", "int8", "int4")
+"""Precisions of weights."""
 
 
 def attainable(peak: float, bandwidth: float, intensity: float) -> float:
@@ -29,8 +30,7 @@ def attainable(peak: float, bandwidth: float, intensity: float) -> float:
 def product_intensity(one: Figure) -> float:
     """FLOPs a byte of a `gemm` figure: its weight once, activations and result as float32."""
     rows, n, k = (int(one.of[name]) for name in ("rows", "n", "k"))
-    nbytes = float(one.of.get("weight_bytes", 4 * n * k)) + 4 * rows * (n + k)
-    return product_flops(rows, n, k) / nbytes
+    return product_flops(rows, n, k) / (float(one.of["weight_bytes"]) + product_bytes(rows, n, k, 0))
 
 
 def roofline(profile: Profile) -> Plot | None:

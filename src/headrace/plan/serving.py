@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from importlib import import_module
 from typing import Any
 
 from headrace.core.errors import BackendUnavailable, InvalidParameter
+from headrace.plan.cost import TINY, check_number
 from headrace.plan.document import Basis
 from headrace.plan.quiet import quiet
 
@@ -69,19 +71,20 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A type that can be rented. Raises InvalidParameter unless it has a price > 0."""
+    """A type that can be rented. Raises InvalidParameter for a price below a millionth of a dollar."""
 
     name: str
     per_hour: float
-    """USD."""
+    """Dollars."""
     points: Sequence[Sequence[Point]]
-    """By bucket; none: it cannot hold such a request."""
+    """By bucket; none: it cannot hold such a request, or was not measured with one."""
     source: str = "given"
     basis: Basis = "given"
+    model: str = ""
+    """What it was measured or predicted with; empty: not said."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.per_hour) and self.per_hour > 0):
-            raise InvalidParameter(f"price of {self.name}", self.per_hour, "USD per hour, > 0")
+        check_number(f"price of {self.name}", self.per_hour, 10.0**-MONEY_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,10 @@ class Demand:
         for name, rate in zip(self.buckets, self.rates, strict=True):
             if not (math.isfinite(rate) and rate >= 0):
                 raise InvalidParameter(f"rate of {name}", rate, "requests/s ≥ 0")
-        if not any(self.rates):
-            raise InvalidParameter("rate", sum(self.rates), "a workload with a request in it: more than 0 in all")
+        if sum(self.rates) < TINY:
+            raise InvalidParameter(
+                "rate", sum(self.rates), f"a workload with a request in it: {TINY:g}/s or more in all"
+            )
         if not 1 <= self.slice_factor <= MOST_SLICES:
             raise InvalidParameter("slice_factor", self.slice_factor, f"an integer from 1 to {MOST_SLICES}")
 
@@ -121,9 +126,9 @@ class Mix:
     slices: Sequence[Sequence[int]]
     """[bucket][GPU type]"""
     cost: float
-    """USD an hour."""
+    """$ an hour."""
     least: float
-    """No mix costs less, USD an hour: `cost` itself where the search came to its end."""
+    """No mix costs less, $ an hour: `cost` itself where the search came to its end."""
 
     @property
     def proven(self) -> bool:
@@ -154,7 +159,8 @@ def throughputs(gpus: Sequence[Gpu], demand: Demand, slo: Slo) -> list[list[floa
         for name in LATENCIES:
             limit = getattr(slo, name)
             ways = ([point for point in points if point.per_s] for points in gpu.points)
-            untold = any(some and all(getattr(one, name) is None for one in some) for some in ways)
+            asked = (some for some, rate in zip(ways, demand.rates, strict=True) if rate)
+            untold = any(some and all(getattr(one, name) is None for one in some) for some in asked)
             if limit is not None and untold:
                 raise InvalidParameter(
                     name,
@@ -172,9 +178,8 @@ def _binding(gpus: Sequence[Gpu], demand: Demand, slo: Slo, unserved: Sequence[i
     """Why nobody serves these buckets."""
     for bucket in unserved:
         if not any(point.per_s for gpu in gpus for point in gpu.points[bucket]):
-            return InvalidParameter(
-                "gpus", [gpu.name for gpu in gpus], f"a GPU that holds requests of {demand.buckets[bucket]}: none does"
-            )
+            said = f"a GPU with a throughput for requests of {demand.buckets[bucket]}: none has one"
+            return InvalidParameter("gpus", [gpu.name for gpu in gpus], said)
     binding: list[tuple[str, str]] = []
     for name in LATENCIES:
         limit = getattr(slo, name)
@@ -196,8 +201,7 @@ def _binding(gpus: Sequence[Gpu], demand: Demand, slo: Slo, unserved: Sequence[i
 
 def _up(seconds: float) -> float:
     """To four digits, and no less: who asks for it gets it."""
-    unit = 10.0 ** (math.floor(math.log10(seconds)) - 3)
-    return math.ceil(seconds / unit - FULL) * unit
+    return float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(seconds)))
 
 
 def _quickest(gpus: Sequence[Gpu], bucket: int, name: str) -> tuple[float, str]:
@@ -218,17 +222,28 @@ def solve(gpus: Sequence[Gpu], demand: Demand, slo: Slo | None = None, time_limi
     served = throughputs(gpus, demand, slo or Slo())
     wanted = [index for index, rate in enumerate(demand.rates) if rate]
     loads = [[_load(demand.rates[bucket] / demand.slice_factor, row[bucket]) for bucket in wanted] for row in served]
-    counted, bound = _milp([gpu.per_hour for gpu in gpus], loads, demand.slice_factor, time_limit_s)
+    searched, bound = _milp([gpu.per_hour for gpu in gpus], loads, demand.slice_factor, time_limit_s)
+    # A search that was stopped may know of none, or of one that is dearer than what needs no search.
+    ways = [*([] if searched is None else [searched]), *_unsearched(gpus, loads, demand.slice_factor)]
+    every = [(_busy(loads, way), way) for way in ways]
+    busy, counted = min(every, key=lambda one: _cost(gpus, one[0]))
+    cost = _cost(gpus, busy)
     slices = [[0] * len(gpus) for _ in demand.buckets]
     for place, bucket in enumerate(wanted):
         slices[bucket] = counted[place]
-    busy = [
+    return Mix([needed(load) for load in busy], busy, slices, cost, min(bound, cost))
+
+
+def _busy(loads: Sequence[Sequence[float]], counted: Sequence[Sequence[int]]) -> list[float]:
+    """GPUs of each type that are kept busy."""
+    return [
         math.fsum(counted[place][gpu] * load for place, load in enumerate(row) if counted[place][gpu])
         for gpu, row in enumerate(loads)
     ]
-    counts = [needed(load) for load in busy]
-    cost = money(math.fsum(count * gpu.per_hour for count, gpu in zip(counts, gpus, strict=True)))
-    return Mix(counts, busy, slices, cost, min(bound, cost))
+
+
+def _cost(gpus: Sequence[Gpu], busy: Sequence[float]) -> float:
+    return money(math.fsum(needed(load) * gpu.per_hour for load, gpu in zip(busy, gpus, strict=True)))
 
 
 def _load(rate: float, per_s: float) -> float:
@@ -243,14 +258,15 @@ def money(usd: float) -> float:
 
 
 def needed(load: float) -> int:
-    """GPUs for a load."""
-    return max(0, math.ceil(load - FULL))
+    """GPUs for a load: one for the least."""
+    return max(math.ceil(load - FULL), 1 if load > 0 else 0)
 
 
 def _milp(
     prices: Sequence[float], loads: Sequence[Sequence[float]], factor: int, time_limit_s: float
-) -> tuple[list[list[int]], float]:
-    """([bucket][GPU type] slices, lower bound of the cost). `loads`: of one slice, [GPU type][bucket]."""
+) -> tuple[list[list[int]] | None, float]:
+    """([bucket][GPU type] slices, lower bound of the cost). `loads`: of one slice, [GPU type][bucket]. None: none was
+    found in time."""
     np, optimize = _scipy()
     types, buckets = len(prices), len(loads[0])
     of_buckets = types * buckets
@@ -259,12 +275,15 @@ def _milp(
     serves = np.isfinite(each)
     # n_bj at b · types + j, then B_j.
     one_of = np.zeros((buckets, of_buckets + types))
-    room = np.zeros((types, of_buckets + types))
+    room, used = np.zeros((types, of_buckets + types)), np.zeros((types, of_buckets + types))
     for bucket in range(buckets):
         one_of[bucket, bucket * types : (bucket + 1) * types] = 1
     for kind in range(types):
         room[kind, kind:of_buckets:types] = np.where(serves[:, kind], each[:, kind], 0)
         room[kind, of_buckets + kind] = -1
+        # A load below the solver's tolerance takes a GPU too.
+        used[kind, kind:of_buckets:types] = 1
+        used[kind, of_buckets + kind] = -factor * buckets
     most = np.concatenate([np.where(serves, factor, 0).ravel(), np.full(types, np.inf)])
     with quiet():
         found = optimize.milp(
@@ -273,24 +292,22 @@ def _milp(
             bounds=optimize.Bounds(0, most),
             constraints=[
                 optimize.LinearConstraint(one_of, factor, factor),
-                optimize.LinearConstraint(room, -np.inf, 0),
+                optimize.LinearConstraint(np.concatenate([room, used]), -np.inf, 0),
             ],
             options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
         )
     if found.x is None:
-        return _cheapest_each(prices, loads, factor), 0.0
+        return None, 0.0
     counted = np.rint(found.x[:of_buckets]).astype(int).reshape(buckets, types)
     return counted.tolist(), float(found.mip_dual_bound)
 
 
-def _cheapest_each(prices: Sequence[float], loads: Sequence[Sequence[float]], factor: int) -> list[list[int]]:
-    """Each bucket where it costs least by itself: a mix, where the search found none in its time."""
-    counted = []
-    for bucket in range(len(loads[0])):
-        costs = [price * row[bucket] for price, row in zip(prices, loads, strict=True)]
-        best = costs.index(min(costs))
-        counted.append([factor if kind == best else 0 for kind in range(len(prices))])
-    return counted
+def _unsearched(gpus: Sequence[Gpu], loads: Sequence[Sequence[float]], factor: int) -> list[list[list[int]]]:
+    """Each bucket where it costs least by itself, and all of them on one type, for each that can."""
+    buckets = range(len(loads[0]))
+    least = [min(range(len(gpus)), key=lambda kind: gpus[kind].per_hour * loads[kind][bucket]) for bucket in buckets]
+    alone = [[kind] * len(buckets) for kind, row in enumerate(loads) if all(map(math.isfinite, row))]
+    return [[[factor if kind == best else 0 for kind in range(len(gpus))] for best in way] for way in (least, *alone)]
 
 
 def _scipy() -> tuple[Any, Any]:
@@ -309,7 +326,7 @@ class Alone:
     """None: it cannot serve `missing`."""
     load: float
     cost: float
-    """USD an hour; infinite where it cannot."""
+    """$ an hour; infinite where it cannot."""
     missing: str = ""
 
 

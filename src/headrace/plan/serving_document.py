@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.core.errors import InvalidParameter
+from headrace.plan.cost import PER_REQUEST, cost_per_request
 from headrace.plan.document import Basis, Column, Document, Plot, Quantity, Series, Table, Value
 from headrace.plan.serving import LATENCIES, PAPER, Alone, Demand, Gpu, Mix, Slo, alone, money, solve, throughputs
 
@@ -40,6 +41,9 @@ def document(gpus: Sequence[Gpu], demand: Demand, slo: Slo | None = None, notes:
         "or for bursts above the rate.",
         *notes,
     ]
+    models = list(dict.fromkeys(gpu.model for gpu in gpus if gpu.model))
+    if len(models) > 1:
+        said.append(f"Throughputs are of different models, as if they answered alike: {', '.join(models)}.")
     if not mix.proven:
         said.insert(0, f"The search was stopped: another mix may cost as little as ${mix.least:.2f}/h.")
     return Document(
@@ -50,7 +54,7 @@ def document(gpus: Sequence[Gpu], demand: Demand, slo: Slo | None = None, notes:
             *_bucket_tables(gpus, demand, mix, served),
             _published(),
         ),
-        plots=(_plot(gpus, demand, slo),),
+        plots=(_plot(gpus, demand, slo, mix, served),),
         notes=said,
         data={"mix": {**counts, "cost": mix.cost}, "proven": mix.proven},
     )
@@ -66,25 +70,25 @@ def _quantities(gpus: Sequence[Gpu], demand: Demand, mix: Mix, single: Sequence[
         Quantity(
             "cost",
             mix.cost,
-            "USD/h",
+            "$/h",
             "least Σ price · count, each slice on one type, Σ slice's rate / throughput ≤ count of each type",
             f"{PAPER}; throughputs: {source}",
             basis,
             note="" if mix.proven else "the best that was found in time",
         ),
-        Quantity("GPUs", sum(mix.counts), "", "Σ count", PAPER, basis),
+        Quantity("rented at a time", sum(mix.counts), "", "Σ count of each type", PAPER, basis),
         Quantity(
             "cost of a request",
-            mix.cost / 3600 / demand.rate,
-            "USD",
-            "price per hour / 3600 / requests per second",
+            cost_per_request(mix.cost, demand.rate),
+            "$",
+            PER_REQUEST,
             f"{PAPER}; throughputs: {source}",
             basis,
         ),
         Quantity(
             f"{gpus[cheapest].name} alone" if can else "one type alone",
             best.cost if can else None,
-            "USD/h",
+            "$/h",
             "⌈Σ rate / throughput⌉ · price",
             f"{PAPER}; throughputs: {source}",
             basis,
@@ -123,18 +127,20 @@ def _gpu_table(gpus: Sequence[Gpu], mix: Mix, single: Sequence[Alone]) -> Table:
         for gpu, count, load, only in zip(gpus, mix.counts, mix.loads, single, strict=True)
     ]
     missing = tuple(
-        f"{gpu.name} alone cannot serve {only.missing}." for gpu, only in zip(gpus, single, strict=True) if only.missing
+        f"{gpu.name} alone: no throughput within the latencies for {only.missing}."
+        for gpu, only in zip(gpus, single, strict=True)
+        if only.missing
     )
     return Table(
         "GPU types",
         (
             Column("GPU"),
-            Column("price", "USD/h", "as given, else the catalogue's", "given or Mélange's GPU table"),
+            Column("price", "$/h", "as given, else the catalogue's", "given or Mélange's GPU table"),
             Column("count in the mix", "", "of least cost", PAPER),
             Column("busy", "GPUs", "Σ slice's rate / throughput", PAPER),
-            Column("cost", "USD/h", "price · count", PAPER),
+            Column("cost", "$/h", "price · count", PAPER),
             Column("count alone", "", "⌈Σ rate / throughput⌉", PAPER),
-            Column("cost alone", "USD/h", "price · count alone", PAPER),
+            Column("cost alone", "$/h", "price · count alone", PAPER),
         ),
         rows,
         notes=missing,
@@ -185,13 +191,16 @@ def _published() -> Table:
     )
 
 
-def _plot(gpus: Sequence[Gpu], demand: Demand, slo: Slo) -> Plot:
-    """What the mix and each single type cost at other rates."""
-    served = throughputs(gpus, demand, slo)
+def _plot(gpus: Sequence[Gpu], demand: Demand, slo: Slo, mix: Mix, served: Sequence[Sequence[float]]) -> Plot:
+    """What the mix and each single type cost at this and at other rates."""
     others = [replace(demand, rates=[rate * scale for rate in demand.rates]) for scale in SCALES]
-    lines = [Series("mix", [(one.rate, solve(gpus, one, slo, PLOT_TIME_LIMIT_S).cost) for one in others])]
+    costs = [
+        mix.cost if scale == 1 else solve(gpus, one, slo, PLOT_TIME_LIMIT_S).cost
+        for scale, one in zip(SCALES, others, strict=True)
+    ]
+    lines = [Series("mix", [(one.rate, cost) for one, cost in zip(others, costs, strict=True)])]
     for gpu, row in zip(gpus, served, strict=True):
         if alone(gpu, row, demand).count is not None:
             points = [(one.rate, alone(gpu, row, one).cost) for one in others]
             lines.append(Series(f"{gpu.name} alone", points, "dashed"))
-    return Plot("Cost against rate", "requests/s", "USD/h", lines, log_x=True, log_y=True)
+    return Plot("Cost against rate", "requests/s", "$/h", lines, log_x=True, log_y=True)

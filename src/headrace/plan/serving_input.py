@@ -26,7 +26,7 @@ from headrace.core.errors import InputFileError, InvalidParameter, UnknownParame
 from headrace.core.spec import ModelSpec
 from headrace.core.strict_json import parse
 from headrace.plan.devices import DEVICES, Device, find_device
-from headrace.plan.room import device_room
+from headrace.plan.room import WIDTHS, device_room
 from headrace.plan.serving import SLICE_FACTOR, Demand, Gpu, Point
 from headrace.plan.speed import Precision, SheetSpeed, decode_work, prefill_work
 
@@ -37,6 +37,7 @@ MOST_GPUS = 64
 MOST_ROWS = 1024
 """Answers at once, of a prediction."""
 WHOLE_EDGE = 100_000_000
+HASH_DIGITS = 12
 REPORT_SCHEMA = 2
 """Of `headrace compare --json`."""
 SAME = ("identical", "near-tie")
@@ -239,7 +240,7 @@ def _gpu(
 
 
 def _price(name: str) -> float:
-    """USD/h of a catalogue's device, or of several. Raises InvalidParameter."""
+    """$/h of a catalogue's device, or of several. Raises InvalidParameter."""
     try:
         count, device = parse_type(name)
     except InvalidParameter as error:
@@ -294,18 +295,32 @@ def _measured(name: str, price: float, value: object, field: str, workload: Work
     if workload.edges is None:
         raise InvalidParameter(field, value, "only beside input_tokens and output_tokens, the sizes of the histogram")
     points: list[list[Point]] = [[] for _ in workload.demand.buckets]
-    machines = []
-    for one in value:
-        bucket, found, machine = read_report(folder / one, workload)
-        points[bucket] += found
-        machines.append(machine)
-    source = f"headrace compare on {', '.join(dict.fromkeys(machines))}"
-    return Gpu(name, price, points, source, "measured")
+    reports = [read_report(folder / one, workload) for one in value]
+    for what in ("machine", "model"):
+        different = sorted({getattr(one, what) for one in reports})
+        if len(different) > 1:
+            raise InvalidParameter(field, different, f"reports of one {what}: they are the sizes of one GPU type")
+    for one in reports:
+        points[one.bucket] += one.points
+    source = f"headrace compare of {reports[0].model} on {reports[0].machine}"
+    return Gpu(name, price, points, source, "measured", reports[0].model)
 
 
-def read_report(path: Path, workload: Workload) -> tuple[int, list[Point], str]:
-    """(bucket, a point for each method that gave the base's tokens, what machine it ran on) of a report of
-    `headrace compare --json`. Latencies are 95th percentiles over a round's requests, medians over its rounds.
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of `headrace compare --json`, as far as it matters here."""
+
+    bucket: int
+    points: Sequence[Point]
+    """One for each method that gave the base's tokens."""
+    machine: str
+    """The device that it ran on."""
+    model: str
+    """Its name, and the first digits of its weights' hash."""
+
+
+def read_report(path: Path, workload: Workload) -> Report:
+    """Latencies are 95th percentiles over a round's requests, medians over its rounds.
 
     Raises InputFileError; InvalidParameter where its requests are of more than one bucket: one time cannot be shared
     out between two sizes.
@@ -322,8 +337,10 @@ def read_report(path: Path, workload: Workload) -> tuple[int, list[Point], str]:
             for one in methods
             for prompt, output in zip(prompts, map(len, one["outputs"]), strict=True)
         }
-        points = [_point(one["figures"]) for one in methods]
-        machine = str(report["machine"]["gpu"] or report["machine"]["cpu"])
+        points = [_point(one["figures"], max(outputs) > 1) for one in methods]
+        device = "cpu" if report["config"]["device"] == "cpu" else "gpu"
+        machine = str(report["machine"][device])
+        model = f"{report['model']['name']} ({report['model']['fingerprint'][:HASH_DIGITS]})"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputFileError(f"{path}: not a report of headrace compare --json: {shorten(error)}") from error
     if not points:
@@ -335,15 +352,17 @@ def read_report(path: Path, workload: Workload) -> tuple[int, list[Point], str]:
         )
     (bucket,) = places
     assert bucket is not None
-    return bucket, points, machine
+    return Report(bucket, points, machine, model)
 
 
-def _point(figures: Mapping[str, Any]) -> Point:
+def _point(figures: Mapping[str, Any], several: bool) -> Point:
+    """`several`: whether any answer has more than one token; if not, there is no gap that could be too long."""
     tpot = figures["tpot"]
+    untold = None if several else 0.0
     return Point(
         float(figures["requests_per_min"]["median"]) / 60,
         float(figures["ttft"]["p95"]["median"]),
-        None if tpot is None else float(tpot["p95"]["median"]),
+        untold if tpot is None else float(tpot["p95"]["median"]),
     )
 
 
@@ -360,6 +379,8 @@ def _predicted(name: str, price: float, workload: Workload, model: tuple[str, Mo
             "model", model[0], "a file with input_tokens and output_tokens, the sizes that are to be predicted"
         )
     count, device = parse_type(name)
+    if count > WIDTHS[-1]:
+        raise InvalidParameter("gpus", name, f"up to {WIDTHS[-1]} of them, a node's, where throughputs are predicted")
     wanted = zip(workload.sizes, workload.demand.rates, strict=True)
     longest = max(size.prompt + size.output for size, rate in wanted if rate)
     if longest > model[1].context:
@@ -370,7 +391,7 @@ def _predicted(name: str, price: float, workload: Workload, model: tuple[str, Mo
         predict(model[1], device, size, count, Precision(quant=quant)) if rate else []
         for size, rate in zip(workload.sizes, workload.demand.rates, strict=True)
     ]
-    return Gpu(name, price, points, device.source, device.basis)
+    return Gpu(name, price, points, device.source, device.basis, model[0])
 
 
 def predict(spec: ModelSpec, device: Device, size: Size, tp: int, held: Precision) -> list[Point]:

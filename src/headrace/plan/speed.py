@@ -170,7 +170,7 @@ class Part:
     """Weights that are computed with alike, as the native backend keeps them."""
 
     kind: str
-    """int4, int8 or float32: see `KINDS`."""
+    """int4, int8, bfloat16 or float32: see `KINDS` and `_plain`."""
     numbers: float
     """Multiplied with every token: of experts, the chosen ones."""
     nbytes: float
@@ -193,7 +193,7 @@ class Weights:
     @property
     def codes(self) -> bool:
         """Whether some are, so that activations are rounded to int8."""
-        return any(part.kind != "float32" for part in (*self.layers, self.head))
+        return any(part.kind in ("int8", "int4") for part in (*self.layers, self.head))
 
     @property
     def nbytes(self) -> int:
@@ -230,14 +230,20 @@ def _kept(scheme: str, quant: str, dtype: str) -> tuple[float, str]:
     """(bits of a number, kind of its products)"""
     names: Mapping[str, str] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
     if quant == "none":
-        return PLAIN_BITS[dtype], "float32"
+        return _plain(dtype)
     if scheme in KINDS and scheme in NATIVE_BITS:
         return NATIVE_BITS[scheme], KINDS[scheme]
     if quant in ROUNDED_BITS:
         return ROUNDED_BITS[quant], quant
     if scheme.startswith(("int4", "int8")):
         return ROUNDED_BITS[scheme[:4]], scheme[:4]
-    return PLAIN_BITS.get(names.get(scheme, scheme), 32), "float32"
+    return _plain(names.get(scheme, scheme))
+
+
+def _plain(dtype: str) -> tuple[float, str]:
+    """Of plain numbers: those of 16 bits are half to read, and float16 is as fast as bfloat16, which is probed."""
+    bits = PLAIN_BITS.get(dtype, 32)
+    return bits, "float32" if bits == 32 else "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,7 @@ class _Column:
 
 def is_number_column(values: Sequence[Value]) -> bool:
     """All that is known in it are numbers, or texts of one."""
-    known = [value for value in values if value is not None]
-    return bool(known) and all(is_number(one) or is_number_text(one) for one in known)
+    return all(value is None or is_number(value) or is_number_text(value) for value in values)
 
 
 def _columns(table: Table, rows: Sequence[Sequence[Value]]) -> Iterator[_Column]:
@@ -114,13 +113,13 @@ def _columns(table: Table, rows: Sequence[Sequence[Value]]) -> Iterator[_Column]
 
 
 def _table(table: Table, out: Console) -> None:
-    """In as many tables under each other as the width needs; each begins with the first column."""
+    """In as many tables under each other as the width needs; each begins with the columns that name its rows."""
     if table.title:
         out.print(Text(clean(table.title), style="bold"))
     rows = table.rows[:MOST_ROWS]
     columns = list(_columns(table, rows))
     if rows and columns:
-        _pieces(columns, len(rows), out)
+        _pieces(columns, len(rows), table.named_by, out)
     else:
         out.print(Text("(no rows)\n"))
     if left := len(table.rows) - len(rows):
@@ -131,12 +130,12 @@ def _table(table: Table, out: Console) -> None:
         out.print()
 
 
-def _pieces(columns: Sequence[_Column], rows: int, out: Console) -> None:
+def _pieces(columns: Sequence[_Column], rows: int, named_by: int, out: Console) -> None:
     for most in TEXT_WIDTHS:
         widths = [column.width(most) for column in columns]
         if sum(widths) + GAP * len(widths) <= out.width:
             break
-    for group in _groups(widths, out.width):
+    for group in _groups(widths, named_by, out.width):
         grid = _grid()
         for index in group:
             number = columns[index].number
@@ -149,15 +148,16 @@ def _pieces(columns: Sequence[_Column], rows: int, out: Console) -> None:
         out.print()
 
 
-def _groups(widths: Sequence[int], width: int) -> list[list[int]]:
-    """Indices of the columns in their order, in groups of at most that width, each with the first column and, if there
-    is one, another."""
-    groups = [[0]]
-    left = width - widths[0] - GAP
-    for index in range(1, len(widths)):
-        if widths[index] + GAP > left and len(groups[-1]) > 1:
-            groups.append([0])
-            left = width - widths[0] - GAP
+def _groups(widths: Sequence[int], named_by: int, width: int) -> list[list[int]]:
+    """Indices of the columns in their order, in groups of at most that width, each with the first `named_by` columns
+    and, if there is one, another."""
+    names = list(range(named_by))
+    groups = [names[:]]
+    room = left = width - sum(widths[:named_by]) - GAP * named_by
+    for index in range(named_by, len(widths)):
+        if widths[index] + GAP > left and len(groups[-1]) > named_by:
+            groups.append(names[:])
+            left = room
         groups[-1].append(index)
         left -= widths[index] + GAP
     return groups

@@ -10,7 +10,6 @@ from headrace.core.errors import InvalidParameter
 from headrace.core.flops import rank_bytes, stages
 from headrace.core.sizing import end_weights, layer_weights
 from headrace.core.sizing_work import (
-    STATE_BYTES,
     Recompute,
     activation_bytes,
     tensor_parallel_traffic,
@@ -26,8 +25,11 @@ Offload = Literal["none", "optimizer", "all"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "all")
 ZERO = (0, 1, 2, 3)
-EFFICIENCY = 0.3838
-"""Share of the peak that compute reaches, where none is given: published for 22B on Frontier."""
+EFFICIENCY = 0.44
+"""Share of the peak that compute reaches, where none is given. Published shares are of whole steps: with what these
+formulas say of bubble and transfers, 175B and 1T on Frontier come to them with 0.490 and 0.398 in compute."""
+EFFICIENCIES = (0.39, 0.50)
+"""Between which it lies."""
 NETWORK = 25e9
 """Bytes/s between nodes for each GPU, where none are given: one port of 200 Gbit/s."""
 PER_NODE = 8
@@ -127,7 +129,8 @@ class Cluster:
     dtype: str = "bfloat16"
     per_node: int = PER_NODE
     network: float = NETWORK
-    efficiency: float = EFFICIENCY
+    efficiency: float | None = None
+    """Share of the peak that compute reaches, bubble and transfers left out; None: not known, so EFFICIENCY."""
 
     @property
     def room(self) -> float:
@@ -141,8 +144,18 @@ class Cluster:
             raise InvalidParameter("dtype", self.dtype, f"{', '.join(self.device.flops)} of {self.device.name}")
         return self.device.flops[self.dtype]
 
+    @property
+    def share(self) -> float:
+        """Of the peak."""
+        return EFFICIENCY if self.efficiency is None else self.efficiency
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Between which it lies."""
+        return EFFICIENCIES if self.efficiency is None else (self.efficiency, self.efficiency)
+
     def link(self, group: int) -> float:
-        """Bytes/s in a group of so many neighbours. Raises InvalidParameter."""
+        """Bytes/s in a group of so many neighbours."""
         if group > self.per_node or self.device.peer_link is None:
             return self.network
         return self.device.peer_link
@@ -220,20 +233,18 @@ def _layers_bytes(spec: ModelSpec, layout: Layout, recompute: Recompute) -> floa
     )
 
 
-def gpu_memory(
-    spec: ModelSpec, layout: Layout, known: Costs | None = None, per: Mapping[str, float] = STATE_BYTES
-) -> GpuMemory:
+def gpu_memory(spec: ModelSpec, layout: Layout, known: Costs | None = None) -> GpuMemory:
     """Of the fullest pipeline stage. `known`: `costs(spec, layout)`. Raises InvalidParameter (`check`)."""
     check(spec, layout)
     known = known or costs(spec, layout)
-    return max((_of_stage(spec, layout, known, stage, per) for stage in range(layout.pp)), key=lambda one: one.total)
+    return max((_of_stage(spec, layout, known, stage) for stage in range(layout.pp)), key=lambda one: one.total)
 
 
-def _of_stage(spec: ModelSpec, layout: Layout, known: Costs, stage: int, per: Mapping[str, float]) -> GpuMemory:
+def _of_stage(spec: ModelSpec, layout: Layout, known: Costs, stage: int) -> GpuMemory:
     """One-forward-one-backward: stage i keeps the activations of at most p − i micro-batches; interleaving adds
     (p − 1)/(p·v) of them (Reducing Activation Recomputation, §4.2.3)."""
     share = stages(len(spec.layers), layout.pp)[stage] / len(spec.layers)
-    states = zero_bytes(known.held[stage], layout.dp, layout.zero, per)
+    states = zero_bytes(known.held[stage], layout.dp, layout.zero)
     kept = float(layout.pp - stage)
     if layout.interleave > 1:
         kept *= 1 + (layout.pp - 1) / (layout.pp * layout.interleave)
@@ -262,7 +273,7 @@ def step_time(spec: ModelSpec, layout: Layout, cluster: Cluster, known: Costs | 
     check(spec, layout)
     known = known or costs(spec, layout)
     tokens, held = layout.micro_batch * layout.sequence, max(known.held)
-    compute = known.flops * layout.tokens / layout.gpus / (cluster.peak * cluster.efficiency)
+    compute = known.flops * layout.tokens / layout.gpus / (cluster.peak * cluster.share)
     tp = pp = zero = away = 0.0
     if layout.tp > 1:
         each = tensor_parallel_traffic(tokens, spec.hidden_size, len(spec.layers), layout.tp, layout.recompute)
@@ -277,6 +288,20 @@ def step_time(spec: ModelSpec, layout: Layout, cluster: Cluster, known: Costs | 
     if layout.offload != "none":
         away = host_traffic(held / layout.dp, layout) / host_link(cluster)
     return StepTime(compute, bubble(layout) * compute, tp, pp, zero, away)
+
+
+def step_interval(spec: ModelSpec, layout: Layout, cluster: Cluster, known: Costs | None = None) -> tuple[float, float]:
+    """Seconds of a step: with the largest share of the peak and everything that can overlap, to the smallest and
+    nothing that does."""
+    least, most = cluster.shares
+    fast, slow = (step_time(spec, layout, replace(cluster, efficiency=one), known) for one in (most, least))
+    return fast.low, slow.high
+
+
+def reached(spec: ModelSpec, layout: Layout, cluster: Cluster, time: StepTime) -> float:
+    """Share of the peak over a whole step, recomputed FLOPs included: as Megatron-LM counts, and Frontier's runs."""
+    flops = training_flops(spec, layout.sequence, layout.recompute) * layout.tokens / layout.gpus
+    return flops / (cluster.peak * time.expected)
 
 
 def host_traffic(parameters: float, layout: Layout) -> float:
@@ -308,7 +333,9 @@ class Candidate:
 
 def candidates(spec: ModelSpec, cluster: Cluster, base: Layout, global_batch: int) -> Iterator[Candidate]:
     """Every layout of `base.gpus` GPUs that fits their memory and takes `global_batch` sequences a step: TP a power of
-    two in a node, PP up to the layers, ZeRO 0 to 3, with and without full recomputation. The rest is `base`'s."""
+    two in a node (with sequence parallelism), PP up to the layers, ZeRO 0 to 3 as far as `base.offload` goes with it,
+    with and without full recomputation. The rest is `base`'s."""
+    offloading = {"none": ZERO, "optimizer": ZERO[1:], "all": ZERO[3:]}[base.offload]
     for tp in _powers(min(cluster.per_node, base.gpus)):
         if base.gpus % tp or rank_bytes(spec, "bf16", tp, 1) is None:
             continue
@@ -319,10 +346,10 @@ def candidates(spec: ModelSpec, cluster: Cluster, base: Layout, global_batch: in
             for recompute in RECOMPUTE[::2]:
                 shape = replace(
                     base, tp=tp, pp=pp, micro_batches=global_batch // (dp * base.micro_batch), recompute=recompute,
-                    sequence_parallel=tp > 1, interleave=1, offload="none",
+                    sequence_parallel=tp > 1, interleave=1,
                 )  # fmt: skip
                 known = costs(spec, shape)
-                for zero in ZERO if dp > 1 else (0,):
+                for zero in offloading if dp > 1 else offloading[:1]:
                     layout = replace(shape, zero=zero)
                     held = gpu_memory(spec, layout, known)
                     if held.total <= cluster.room:

@@ -20,7 +20,7 @@ from headrace.core.sizing_work import (
 from headrace.core.spec import ModelSpec
 from headrace.plan.devices import find_device
 from headrace.plan.document import Column, Document, Quantity, Table
-from headrace.plan.training import Layout, gpt, gpu_memory
+from headrace.plan.training import EFFICIENCY, Cluster, Layout, gpt, gpu_memory, reached, step_time
 
 GB = 10**9
 TIB = 2**40
@@ -55,22 +55,27 @@ class Preset:
     layout: Layout
     device: str
     source: str
+    reached: float | None = None
+    """Published % of the peak over a whole step."""
 
 
 def presets() -> Mapping[str, Preset]:
-    """Micro-batches are as many as make every GPU's share one sequence, where none are published."""
+    """Micro-batches are as many as there are GPUs for a copy of the model, where none are published: so a step has as
+    many sequences as GPUs."""
     return {
         "gpt-175b": Preset(
             gpt("175B of Frontier", 96, 12_288, 96),
             Layout(1024, tp=4, pp=16, zero=1, micro_batches=64, recompute="full"),
             "MI250X",
             f"{FRONTIER}: TP 4, PP 16, micro-batch 1, ZeRO-1",
+            36.14,
         ),
         "gpt-1t": Preset(
             gpt("1T of Frontier", 128, 25_600, 160),
             Layout(3072, tp=8, pp=64, zero=1, micro_batches=512, recompute="full"),
             "MI250X",
             f"{FRONTIER}: TP 8, PP 64, micro-batch 1, ZeRO-1",
+            31.96,
         ),
         "glm-130b": Preset(
             gpt("GLM-130B", 70, 12_288, 96, vocab=150_528, inner=32_768, gated=True),
@@ -109,7 +114,10 @@ def _zero_table() -> Table:
         states = zero_bytes(7.5e9, 64, stage)
         rows.append((stage, *(states[name] / GB for name in STATE_BYTES), sum(states.values()) / GB, published))
     columns = [Column("ZeRO stage"), *(Column(name, "GB", "2Ψ, 2Ψ, 12Ψ; sharded: /N", ZERO) for name in STATE_BYTES)]
-    columns += [Column("on each GPU", "GB", "16Ψ; 4Ψ + 12Ψ/N; 2Ψ + 14Ψ/N; 16Ψ/N", ZERO), Column("published", "GB")]
+    columns += [
+        Column("on each GPU", "GB", "16Ψ; 4Ψ + 12Ψ/N; 2Ψ + 14Ψ/N; 16Ψ/N", ZERO),
+        Column("published", "GB", "as published", ZERO),
+    ]
     return Table("Model states of 7.5 billion parameters on 64 GPUs", columns, rows)
 
 
@@ -132,7 +140,7 @@ def _frontier_table() -> Table:
     rows = [(name, share, peak * share / 100, FRONTIER_BYTES * count / GB) for name, count, share in FRONTIER_SHARES]
     columns = [
         Column("model"),
-        Column("of the peak", "%", source=FRONTIER),
+        Column("of the peak", "%", "as published", FRONTIER),
         Column("reached on a GCD", "TFLOPS", f"share · {peak} TFLOPS", FRONTIER),
         Column("states", "GB", f"{FRONTIER_BYTES} bytes a parameter", FRONTIER),
     ]
@@ -154,8 +162,8 @@ def _infinity_table() -> Table:
         rows.append((layers, hidden, count / 1e12, trillions, states / TIB, tebibytes))
     columns = [
         *(Column("layers"), Column("hidden size")),
-        *(Column("parameters", "10¹²", "12 nl hd²", INFINITY), Column("published", "10¹²")),
-        *(Column("states", "TiB", "240 nl hd²", INFINITY), Column("published", "TiB")),
+        *(Column("parameters", "10¹²", "12 nl hd²", INFINITY), Column("published", "10¹²", "as published", INFINITY)),
+        *(Column("states", "TiB", "240 nl hd²", INFINITY), Column("published", "TiB", "as published", INFINITY)),
     ]
     return Table("ZeRO-Infinity: what a model's states take", columns, rows)
 
@@ -208,10 +216,20 @@ def _fit_table() -> Table:
         shape = f"TP {layout.tp}, PP {layout.pp}, DP {layout.dp}, ZeRO-{layout.zero}"
         room = device.memory_bytes / GB
         count = parameters(preset.spec) / GB
-        rows.append((name, shape, layout.gpus, count, held.total / GB, device.name, room, held.total / GB <= room))
+        cluster = Cluster(device, next(dtype for dtype in ("bfloat16", "float16") if dtype in device.flops))
+        share = 100 * reached(preset.spec, layout, cluster, step_time(preset.spec, layout, cluster))
+        size = (layout.gpus, count, held.total / GB, device.name, room, held.total / GB <= room)
+        rows.append((name, shape, *size, share, preset.reached))
     columns = [
-        *(Column("run"), Column("layout"), Column("GPUs"), Column("parameters", "10⁹")),
+        *(Column("run"), Column("layout"), Column("GPUs")),
+        Column("parameters", "10⁹", "sum over the weights", "core.sizing"),
         Column("on the fullest GPU", "GB", "states + activations + working memory", "ZeRO, §5; Megatron-LM"),
-        *(Column("device"), Column("its memory", "GB"), Column("fits")),
+        *(Column("device"), Column("its memory", "GB", "capacity", "data sheet"), Column("fits")),
+        Column("of the peak", "%", "FLOPs, recomputed ones too / (peak · step)", "Megatron-LM, §5.1"),
+        Column("published", "%", "as published", FRONTIER),
     ]
-    return Table("Published layouts", columns, rows)
+    notes = [
+        f"Compute is taken at {100 * EFFICIENCY:g} % of the peak, chosen between the two published runs of Frontier; "
+        "they do not say how many micro-batches a step had: here as many as make it one sequence a GPU.",
+    ]
+    return Table("Published layouts", columns, rows, notes)
