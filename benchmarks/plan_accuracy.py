@@ -4,7 +4,7 @@
 
 Models: demo (4-bit codes as stored), and two shapes with random weights, made in a temporary folder (1.1 GB at most):
 0.3b, rounded to int4 at load, and 0.5b, rounded to int8. Each runs in a process of its own: 32 requests at once, after
-which its peak memory is read, then one alone, a few times each; medians. The probe comes right before, so that both see
+which its peak memory is read; then 32 at once and one alone by turns, medians. The probe comes right before, so that both see
 the same machine; nothing else should run on it. --store keeps the pairs where `headrace plan --accuracy` finds them.
 """
 
@@ -45,6 +45,8 @@ STREAMS = 32
 PROMPT, MANY_PROMPT, OUTPUT = 256, 64, 48
 """Tokens of the prompt that is alone, of each of many, and of every answer."""
 KV_DTYPE = "bfloat16"
+ALONE = 3
+"""Runs of one request after each of many: they are short, and are spread over the same seconds."""
 SEED = 11
 LIMITS: Mapping[str, float] = {"ttft_s": 0.20, "itl_s": 0.20, "tokens_per_s": 0.20, "peak_bytes": 0.05}
 QUIET_S, QUIET_CORES = 60.0, 0.3
@@ -151,8 +153,12 @@ def measure(model: str, quant: str, repeats: int) -> dict[str, float]:
 
         run(STREAMS, MANY_PROMPT)
         peak = peak_rss_bytes()
-        many = [run(STREAMS, MANY_PROMPT) for _ in range(repeats)]
-        alone = [run(1, PROMPT) for _ in range(repeats + 1)][1:]
+        run(1, PROMPT)
+        many: list[tuple[float, float, float]] = []
+        alone: list[tuple[float, float, float]] = []
+        for _ in range(repeats):
+            many.append(run(STREAMS, MANY_PROMPT))
+            alone += [run(1, PROMPT) for _ in range(ALONE)]
     return {
         "ttft_s": median(one[0] for one in alone),
         "itl_s": median(one[1] for one in alone),

@@ -25,6 +25,7 @@ from headrace.plan.cost import (
     half_up,
     verdicts,
 )
+from headrace.plan.devices import same_device
 from headrace.plan.document import Document, Quantity
 from headrace.plan.energy import STUDY_CPU, STUDY_GPU, Load, compare, given_speedup, measured_speedup, study
 from headrace.plan.grid import GRIDS, US_MARGINAL, find_grid
@@ -168,7 +169,7 @@ def test_a_ratio_of_one_device_with_itself_is_refused(base: str, other: str) -> 
     ("base", "other"), [("A10", "A100"), ("A100-40GB", "A100-80GB"), ("H100 SXM5", "H100 PCIe"), ("AMD", "Intel")]
 )
 def test_other_devices_are_not_taken_for_one(base: str, other: str) -> None:
-    assert not energy.same_device(base, other)
+    assert not same_device(base, other)
 
 
 NODES = (

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from headrace.cli import plan_model
+from headrace.cli.plan_arguments import device_named
 from headrace.core import flops
 from headrace.core.errors import CheckpointError, ConfigError, HeadraceError, InvalidParameter, ModelNotFound
 from headrace.core.sizing import parameters
@@ -25,7 +26,6 @@ from headrace.plan.room import native_peak
 from headrace.plan.speed import (
     COLD,
     ProbedSpeed,
-    activation_width,
     decode_work,
     native_weights,
     operations,
@@ -57,7 +57,7 @@ def described(config: dict[str, object]) -> ModelSpec:
 def profile() -> Profile:
     """Round figures, so that predictions can be done by hand."""
     figures = [
-        Figure("gemm", {"weights": kind, "rows": rows, "n": 2048, "k": 2048}, "FLOP/s", (rate,))
+        Figure("gemm", {"weights": kind, "rows": rows, "n": 2048, "k": 2048, "set_bytes": 2**27}, "FLOP/s", (rate,))
         for kind, few, many in (
             ("int4", 1e11, 1e12),
             ("int8", 1e11, 1e12),
@@ -112,7 +112,8 @@ def test_a_step_by_its_parts() -> None:
     assert parts["head"] == pytest.approx(2 * 49_152 * 576 / 1e11)
     assert parts["attention"] == pytest.approx(100 * 23_040 / 1e10)
     assert parts["operations"] == pytest.approx(operations(spec) * 1e-6 + COLD * 2e-5)
-    assert parts["rows"] == pytest.approx(activation_width(spec) * 1e-10)
+    # A layer: two norms of 576, 9 + 3 heads of 64 rotated and rounded, 1536 activated.
+    assert parts["rows"] == pytest.approx(30 * (2 * 576 + 2 * 12 * 64 + 1536) * 1e-10)
     many = speed.parts_s(prefill_work(spec, 1, 1024, "bfloat16"))
     assert many["layers"] == pytest.approx(1024 * 2 * 106_168_320 / 1e12)
     scores = flops.causal_flops(spec, 1024)
@@ -212,6 +213,28 @@ def test_the_command_answers_for_a_probed_machine(tmp_path: Path) -> None:
     answer = plan_model.document(arguments("smollm2-135m", "--profile", str(path), "--dtype", "float32"))
     assert "float32" in named(answer, "KV cache per token").name
     assert "never measured here" in named(answer, "ITL").note
+
+
+def test_a_probed_gpu_overrides_its_data_sheet(tmp_path: Path) -> None:
+    whose = {"card": "NVIDIA A100-SXM4-80GB", "memory_bytes": 85_000_000_000}
+    card = (
+        Figure("card", {"kind": "read", **whose}, "bytes/s", (1.7e12,)),
+        Figure("card", {"kind": "product", "dtype": "bfloat16", **whose}, "FLOP/s", (250e12,)),
+    )
+    path = tmp_path / "state" / "headrace" / "probe.json"
+    write_profile(replace(profile(), figures=card), path)
+    device = device_named("a100")
+    sheet = find_device("a100")
+    assert (device.bandwidth, device.memory_bytes, device.basis) == (1.7e12, 85_000_000_000, "measured")
+    assert device.flops == {**sheet.flops, "bfloat16": 250e12}
+    assert (device.name, device.watts, device.peer_link) == (sheet.name, sheet.watts, sheet.peer_link)
+    assert sheet.source in device.source and device.source.startswith("headrace plan probe")
+    answer = plan_model.document(arguments("llama-2-7b", "--device", "A100-80GB"))
+    assert named(answer, "ITL").basis == "measured" and "The probe's rates" in answer.notes[0]
+    # Another card of the catalogue, and a file that is none, leave the data sheet.
+    assert device_named("A100-40GB") is find_device("A100-40GB") and device_named("H100") is find_device("H100")
+    path.write_text("{", encoding="utf-8")
+    assert device_named("a100") is sheet
 
 
 @pytest.mark.parametrize(

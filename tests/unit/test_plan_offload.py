@@ -364,7 +364,12 @@ def probed(folder: Path) -> str:
         *("a CPU", 4, 4, "avx2", 16 * GB, {"L3": 2**25}, "Linux", "3.11", {}, "2030-01-01T00:00:00", 0.0, 0.0),
     )
     figures = [
-        Figure("gemm", {"weights": "float32", "rows": 256, "n": 4096, "k": 4096}, "FLOP/s", (3e11, 3.1e11)),
+        Figure(
+            "gemm",
+            {"weights": "float32", "rows": 256, "n": 4096, "k": 4096, "set_bytes": 2**28},
+            "FLOP/s",
+            (3e11, 3.1e11),
+        ),
         Figure("read", {"bytes": 2**30}, "bytes/s", (4e10,)),
         Figure("disk", {"where": "here", "bytes": 2**27}, "bytes/s", (2e9, 2.2e9, 2.1e9), "in /home (ext4)"),
         Figure("host_link", {"to": "device"}, "bytes/s", (2.5e10,), "pinned host memory"),

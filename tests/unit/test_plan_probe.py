@@ -334,11 +334,15 @@ def test_every_product_attention_and_step_is_measured(monkeypatch: pytest.Monkey
     monkeypatch.setattr(probe_native, "PREFILL", 32)
     bench = small(2)
     products = list(probe_native.Products(bench).round())
-    assert [(what.of["weights"], what.of["rows"]) for what, _ in products] == [
-        (weights, rows) for weights in ("float32", "bfloat16", "int8", "int4") for rows in (1, 4, 16, 64, 256)
+    # 64 · 96 numbers of 32, 16, 8.5 and 5 bits; half of the cache, 1.5 times it, and as much as memory allows.
+    copies = {24576: (3, 4, 11), 12288: (3, 8, 21), 6528: (5, 15, 40), 3840: (9, 26, 68)}
+    assert [(what.of["weight_bytes"], what.of["set_bytes"], what.of["rows"]) for what, _ in products] == [
+        (size, size * count, rows)
+        for size, counts in copies.items()
+        for count in counts
+        for rows in ((1, 4, 16, 64, 256) if count == counts[1] else (1, 4))
     ]
-    # 64 · 96 numbers of 32, 16, 8.5 and 5 bits
-    assert [what.of["weight_bytes"] for what, _ in products[::5]] == [24576, 12288, 6528, 3840]
+    assert [what.of["weights"] for what, _ in products[::9]] == ["float32", "bfloat16", "int8", "int4"]
     found = [*probe_native.Attention(bench).round(), *probe_native.Operations(bench).round()]
     found += probe_native.Steps(bench).round()
     names = [what.name for what, _ in found]
@@ -361,14 +365,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[partial[Profile]]:
     yield partial(run_probe, pass_seconds=0.0005, cache_bytes=1 << 15)
 
 
-def test_a_probe_measures_everything_three_times(quick: partial[Profile], tmp_path: Path) -> None:
+def test_a_probe_measures_everything_five_times(quick: partial[Profile], tmp_path: Path) -> None:
     told: list[str] = []
     profile = quick(2, tmp_path, on_progress=told.append)
-    assert told[0] == "preparing" and any(text.startswith("round 3 of 3") for text in told)
-    assert all(len(one.rounds) == 3 or (not one.rounds and one.note) for one in profile.figures)
+    assert told[0] == "preparing" and any(text.startswith("round 5 of 5") for text in told)
+    assert all(len(one.rounds) == 5 or (not one.rounds and one.note) for one in profile.figures)
     assert {"stream", "read", "gather", "application", "disk", "host_link", "gemm"} <= {
         one.name for one in profile.figures
     }
+    few = [one.of["set_bytes"] for one in profile.figures if one.name == "gemm" and one.of["rows"] == 1]
+    assert len(set(few)) > len({one.of["weights"] for one in profile.figures if one.name == "gemm"}), (
+        "more sets than one"
+    )
     machine = profile.machine
     assert machine.threads == 2 and machine.cpu and machine.libraries.keys() >= {"headrace", "numpy"}
     assert machine.date.endswith("+00:00") and 0 < profile.seconds < 60

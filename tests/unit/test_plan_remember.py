@@ -18,8 +18,8 @@ THREADS = 2
 PROFILE = Profile(
     Machine("a CPU", 2, THREADS, "avx2", 2**33, {}, "Linux", "3.11", {}, "2026-01-01T00:00:00+00:00", 0.0, 0.0),
     (
-        Figure("gemm", {"weights": "float32", "rows": 1, "n": 1024, "k": 1024}, "FLOP/s", [2e10]),
-        Figure("gemm", {"weights": "float32", "rows": 256, "n": 1024, "k": 1024}, "FLOP/s", [1e11]),
+        Figure("gemm", {"weights": "float32", "rows": 1, "n": 1024, "k": 1024, "set_bytes": 2**27}, "FLOP/s", [2e10]),
+        Figure("gemm", {"weights": "float32", "rows": 256, "n": 1024, "k": 1024, "set_bytes": 2**27}, "FLOP/s", [1e11]),
         Figure("read", {"bytes": 2**30}, "B/s", [2e10]),
         Figure("attention", {"phase": "prefill", "dtype": "float32"}, "FLOP/s", [1e10]),
         Figure("attention", {"phase": "decode", "dtype": "float32"}, "FLOP/s", [1e10]),

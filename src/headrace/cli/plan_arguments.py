@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from headrace.core.errors import ConfigError, InvalidParameter
+from headrace.core.errors import ConfigError, InputFileError, InvalidParameter
+
+if TYPE_CHECKING:
+    from headrace.plan.devices import Device
 
 
 def add_model(parser: argparse.ArgumentParser, examples: str, *, instead: str | None = None) -> None:
@@ -32,6 +38,22 @@ def probed(given: str | None, instead: str) -> Path:
     if given is None and not found.is_file():
         raise ConfigError(f"this machine was not probed yet ({found}): run headrace plan probe, or name {instead}")
     return found
+
+
+def device_named(name: str) -> Device:
+    """Of the catalogue; as this machine's last probe measured it, where that found such a GPU here. A profile that
+    cannot be read is no reason not to answer by the data sheet. Raises InvalidParameter for an unknown name."""
+    from headrace.cli.console import state_folder
+    from headrace.plan.devices import as_measured, find_device, same_device
+    from headrace.plan.profile import default_path, read_profile
+
+    device, folder = find_device(name), state_folder(os.environ)
+    if folder is not None:
+        with suppress(InputFileError):
+            card = read_profile(default_path(folder)).card()
+            if card is not None and same_device(card.name, device.name):
+                return as_measured(device, card)
+    return device
 
 
 def refuse_beside(arguments: argparse.Namespace, asked: str, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from headrace.cli.plan_arguments import add_model, probed
+from headrace.cli.plan_arguments import add_model, device_named, probed
 from headrace.core.errors import ConfigError, InvalidParameter
 
 if TYPE_CHECKING:
@@ -83,11 +83,10 @@ def document(arguments: argparse.Namespace) -> Document:
 
 def _on_device(arguments: argparse.Namespace, question: Question, subject: Subject) -> Document:
     from headrace.plan import speed
-    from headrace.plan.devices import find_device
     from headrace.plan.model import document as answer
     from headrace.plan.model import with_long_context
 
-    device = find_device(arguments.device)
+    device = device_named(arguments.device)
     quant = arguments.quant or "none"
     if quant not in speed.QUANTS:
         raise InvalidParameter("quant", quant, f"{', '.join(speed.QUANTS)} on a device of the catalogue")

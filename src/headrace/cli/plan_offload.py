@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from headrace.cli.plan_arguments import add_model, refuse_beside
+from headrace.cli.plan_arguments import add_model, device_named, refuse_beside
 from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def document(arguments: argparse.Namespace) -> Document:
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
-    from headrace.plan.devices import find_device
     from headrace.plan.offload_machine import machine_of
 
     if not 0 < arguments.share <= 1:
@@ -115,7 +114,7 @@ def _machine(arguments: argparse.Namespace) -> Machine:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= HUGE:
             raise InvalidParameter(name, value, f"a number above 0, up to {HUGE:g}")
-    device = None if arguments.device is None else find_device(arguments.device)
+    device = None if arguments.device is None else device_named(arguments.device)
     if device is None or device.kind != "gpu":
         for name in ("host", "host_memory", "link"):
             if (value := getattr(arguments, name)) is not None:
@@ -193,10 +192,9 @@ def _fragment(arguments: argparse.Namespace, spec: ModelSpec) -> Callable[[Docum
     from headrace.core.flops import alike
     from headrace.core.sizing import end_weights, layer_weights, parameters
     from headrace.pages.files import ReportFile
-    from headrace.plan.devices import find_device
     from headrace.plan.fragments import PRECISIONS, deepspeed_inference, inference_notes, json_text
 
-    device = None if arguments.device is None else find_device(arguments.device)
+    device = None if arguments.device is None else device_named(arguments.device)
     if device is None or device.kind != "gpu":
         raise InvalidParameter("deepspeed", arguments.deepspeed, "beside --device NAME of a GPU")
     if arguments.form != "bf16":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from headrace.cli.plan_arguments import add_model
+from headrace.cli.plan_arguments import add_model, device_named
 from headrace.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def document(arguments: argparse.Namespace) -> Document:
             return overlap.document(subject, overlap.NANOFLOW_NODE, traffic, nano, parameters)
     else:
         subject, parameters = read_subject(arguments.model), None
-    device = find_device(arguments.device or DEVICE)
+    device = find_device(DEVICE) if arguments.device is None else device_named(arguments.device)
     efficiency = overlap.GEMM_EFFICIENCY if arguments.gemm_efficiency is None else arguments.gemm_efficiency
     node = overlap.node_of(device, GPUS if arguments.gpus is None else arguments.gpus, efficiency)
     return overlap.document(subject, node, traffic, nano, parameters)

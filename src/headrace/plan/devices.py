@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from headrace.core.errors import InvalidParameter
@@ -190,3 +191,46 @@ def find_device(name: str) -> Device:
     if wanted in _ALIASES:
         return DEVICES[_ALIASES[wanted]]
     raise InvalidParameter("device", name, ", ".join(DEVICES))
+
+
+# ---------------------------------------------------------------- whether two names are of one
+
+_COUNT = re.compile(r"^\s*\d+\s*[x×]\s*")
+_BRAND = re.compile(
+    r"\b(nvidia|amd|intel|tesla|geforce|xeon|platinum|gold|silver|dual|spr|processor|cpu|gpu|\d+[ -]core)\b|\((r|tm)\)"
+)
+_MEMORY = re.compile(r"\b(\d+) ?gb\b|\bhbm\d?e?\b")
+_FORM = re.compile(r"\b(sxm\d?|pcie|nvl)\b")
+
+
+def same_device(one: str, other: str) -> bool:
+    """Whether two names may be those of one device: `6 x NVIDIA A100-SXM4-80GB` and `a100 80 gb` are, and so are the
+    catalogue's names for one. What one of them leaves out, memory or form, is no difference."""
+    (plain, memory, form), (others, other_memory, other_form) = _parts(one), _parts(other)
+    with suppress(InvalidParameter):
+        if find_device(_COUNT.sub("", one)) is find_device(_COUNT.sub("", other)):
+            return True
+    known = (memory, other_memory), (form, other_form)
+    return plain == others and all(here == there or not here or not there for here, there in known)
+
+
+def _parts(device: str) -> tuple[str, str, str]:
+    """(model, GB, form) of a device's name; empty: it does not say."""
+    text = re.sub(r"[-_/,]", " ", _COUNT.sub("", device.casefold()))
+    memory, form = _MEMORY.search(text), _FORM.search(text)
+    plain = re.sub(r"[\W_]", "", _FORM.sub(" ", _MEMORY.sub(" ", _BRAND.sub(" ", text))))
+    # A name of nothing but brands is told apart by them.
+    return plain or text, (memory and memory[1]) or "", form[0][:3] if form else ""
+
+
+def as_measured(device: Device, card: Device) -> Device:
+    """A device of the catalogue with the figures of a probed one of its kind; what the probe did not measure stays."""
+    return replace(
+        device,
+        flops={**device.flops, **card.flops},
+        memory_bytes=card.memory_bytes,
+        bandwidth=card.bandwidth,
+        host_link=card.host_link or device.host_link,
+        source=f"{card.source}; what that did not measure: {device.source}",
+        basis=card.basis,
+    )

@@ -7,15 +7,13 @@ negative figure is energy that the other node uses beyond the base.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
 from headrace.core.errors import InvalidParameter
 from headrace.plan.cost import HOURS_PER_YEAR, MILLION, SECONDS_PER_HOUR, accounting, check_number
-from headrace.plan.devices import find_device
+from headrace.plan.devices import same_device
 from headrace.plan.document import Basis
 from headrace.plan.grid import US_MARGINAL, Grid
 
@@ -146,34 +144,6 @@ def check_devices(base: Side, other: Side) -> None:
             f"both sides on {other.device}",
             "a ratio of two sides that ran on different devices (name them with --base-device and --other-device)",
         )
-
-
-_COUNT = re.compile(r"^\s*\d+\s*[x×]\s*")
-_BRAND = re.compile(
-    r"\b(nvidia|amd|intel|tesla|geforce|xeon|platinum|gold|silver|dual|spr|processor|cpu|gpu|\d+[ -]core)\b|\((r|tm)\)"
-)
-_MEMORY = re.compile(r"\b(\d+) ?gb\b|\bhbm\d?e?\b")
-_FORM = re.compile(r"\b(sxm\d?|pcie|nvl)\b")
-
-
-def same_device(one: str, other: str) -> bool:
-    """Whether two names may be those of one device: `6 x NVIDIA A100-SXM4-80GB` and `a100 80 gb` are, and so are the
-    catalogue's names for one. What one of them leaves out, memory or form, is no difference."""
-    (plain, memory, form), (others, other_memory, other_form) = _parts(one), _parts(other)
-    with suppress(InvalidParameter):
-        if find_device(_COUNT.sub("", one)) is find_device(_COUNT.sub("", other)):
-            return True
-    known = (memory, other_memory), (form, other_form)
-    return plain == others and all(here == there or not here or not there for here, there in known)
-
-
-def _parts(device: str) -> tuple[str, str, str]:
-    """(model, GB, form) of a device's name; empty: it does not say."""
-    text = re.sub(r"[-_/,]", " ", _COUNT.sub("", device.casefold()))
-    memory, form = _MEMORY.search(text), _FORM.search(text)
-    plain = re.sub(r"[\W_]", "", _FORM.sub(" ", _MEMORY.sub(" ", _BRAND.sub(" ", text))))
-    # A name of nothing but brands is told apart by them.
-    return plain or text, (memory and memory[1]) or "", form[0][:3] if form else ""
 
 
 @dataclass(frozen=True, slots=True)

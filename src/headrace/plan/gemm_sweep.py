@@ -24,7 +24,7 @@ from headrace.core.errors import InvalidParameter
 from headrace.engine.energy import RaplMeter
 from headrace.engine.hardware import processor_name
 from headrace.plan.probe_programs import BITS, GROUP, PANEL, Programs, TimedProducts, copies
-from headrace.plan.probe_tools import BEYOND_CACHE, Watch, find_caches, last_cache, usable_cpus
+from headrace.plan.probe_tools import LARGE, Watch, find_caches, last_cache, usable_cpus
 from headrace.plan.profile import is_busy
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ def measure_sweep(
     watch = Watch(cpus)
     programs = Programs(threads)
     by_input = sorted(shapes, key=lambda shape: shape[1])
-    bench = TimedProducts(programs, {(n, k, one): 1 for n, k in by_input for one in precisions}, max(rows))
+    weights = {(n, k, one): programs.pack(n, k, one) for n, k in by_input for one in precisions}
+    bench = TimedProducts(programs, weights, max(rows))
     times: dict[Product, list[float]] = {product: [] for product in products}
     for _ in range(rounds):
         for m in rows:
@@ -154,7 +155,7 @@ def measure_sweep(
             for weight, (operation,) in bench.operations.items():
                 times[Product(m, *weight)].append(spent[operation])
     busy_cores = watch.busy_cores()
-    del bench
+    del bench, weights
     meter = meter or RaplMeter.find()
     watts = {} if meter is None else measure_power(meter, programs, shapes, rows, precisions)
     ordered = sorted(products, key=lambda one: (one.precision, one.n, one.k, one.m))
@@ -187,12 +188,13 @@ def measure_power(
     POWER_ROWS of the rows, or of all where there are fewer. As many copies of a weight take turns as no cache holds, as
     far as `copies` allows: reading memory takes power too."""
     found: dict[Product, float] = {}
-    nbytes = BEYOND_CACHE * last_cache(find_caches(usable_cpus()))
+    nbytes = LARGE * last_cache(find_caches(usable_cpus()))
     chosen = sorted(shapes, key=math.prod)
     chosen = chosen[:: max(1, len(chosen) // POWER_SHAPES)]
     for n, k in chosen:
         for precision in precisions:
-            bench = TimedProducts(programs, {(n, k, precision): copies(n, k, precision, nbytes)}, max(rows))
+            packed = programs.pack(n, k, precision, copies(n, k, precision, nbytes))
+            bench = TimedProducts(programs, {(n, k, precision): packed}, max(rows))
             for m in [m for m in rows if m in POWER_ROWS] or rows:
                 bench.run(m)
                 began = monotonic()

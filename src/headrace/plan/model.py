@@ -211,7 +211,8 @@ def document(
         dollars = cost_per_million_tokens(device.price_per_hour * question.devices, rate)
         price = f"$/h · 1e6 / (3600 · tokens/s), {question.devices} × ${device.price_per_hour:g}/h"
         quantities.append(Quantity("cost", dollars, "$ per million tokens", price, device.source, speed.basis))
-    notes = ["Data-sheet rates bound what can be: no kernel reaches them. Times are at least so, throughput at most."]
+    rates = "Data-sheet" if device.basis != "measured" else "The probe's"
+    notes = [f"{rates} rates bound what can be: no step keeps to them. Times are at least so, throughput at most."]
     if room.requests(question.tokens) < question.each:
         notes.append(_short(case))
     return Document(

@@ -29,11 +29,12 @@ from headrace.plan.probe_tools import (
     last_cache,
     usable_cpus,
 )
-from headrace.plan.profile import ROUNDS, Figure, Machine, Profile
+from headrace.plan.profile import Figure, Machine, Profile
 
+ROUNDS = 5
 LIMIT_S = 50.0
 """What the rounds are cut to, and after which none begins: the whole is to stay below a minute."""
-PASSES_S = 0.1
+PASSES_S = 0.06
 FEWEST_S = 0.01
 MEMORY_SHARE = 24
 """A probe's largest array takes no more than this part of the free memory: it has nine such arrays, and eleven sets of

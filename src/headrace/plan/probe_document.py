@@ -16,12 +16,12 @@ UNITS: Mapping[str, tuple[float, str]] = {
 }
 """Unit of a figure -> (what it is divided by, unit that is shown)."""
 NANO_BELOW_S = 1e-7
-MEDIAN = "median of the rounds; a round: the median of its passes"
+MEDIAN = "median of the rounds; a round: the median of its passes, or their mean (kernels, engine steps)"
 OTHERS = "(processor time of all programs, stolen time included, − the probe's) / duration"
 SPREAD = "(largest − smallest) / median of the rounds"
 STREAM = "McCalpin: STREAM; bytes read and written, without write-allocate"
 KINDS: Mapping[str, str] = {
-    "gemm": "{weights} {n} × {k}, M = {rows}",
+    "gemm": "{weights} {n} × {k}, M = {rows}, {set_bytes} of them",
     "stream": "STREAM {kind}",
     "read": "reading, working set {bytes}",
     "gather": "gather, pieces of {piece_bytes}",

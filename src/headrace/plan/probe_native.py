@@ -6,14 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from headrace.core.flops import attention_flops, causal_flops
 from headrace.core.sizing import kv_bytes_per_token, product_bytes, product_flops
 from headrace.core.spec import AttentionSpec, EmbeddingSpec, LayerNorms, LayerSpec, MlpSpec, ModelSpec, NormSpec
-from headrace.plan.probe_programs import BITS, SEED, VOCAB, Programs, TimedProducts, copies, run_once
-from headrace.plan.probe_tools import FEWEST_PASSES, MOST_PASSES, Bench, What
+from headrace.plan.probe_programs import BITS, SEED, VOCAB, Kind, Programs, TimedProducts, copies, run_once
+from headrace.plan.probe_tools import FEWEST_PASSES, LARGE, MOST_PASSES, Bench, What
+from headrace.plan.profile import Detail
 
 if TYPE_CHECKING:
     from headrace.backends.native import _kernels
@@ -23,6 +24,12 @@ ROWS: Sequence[int] = (1, 4, 16, 64, 256)
 """M: tokens that a product meets at a time."""
 SHAPES: Sequence[tuple[int, int]] = ((2048, 2048), (640, 640))
 """N outputs, K inputs: of a model of a billion parameters, and of one of a hundred million."""
+SETS: Sequence[float] = (0.5, 1.5, LARGE)
+"""Times the last cache: how much weight few tokens meet, again and again, as step after step of a model does. A small
+model stays in the cache, of a larger one a part does: at 1.5 times a third more is read a second than at 4 times."""
+READING_ROWS: Sequence[int] = (1, 4)
+"""With so few tokens a product is as fast as its weight is read, and is measured with all sets. With more, arithmetic
+takes longer, and one set is enough."""
 ATTEND_NOTE = "by attention: bytes of keys and values that decoding rows read"
 OPERATION_NOTE = "an operation of a step: what one takes that computes next to nothing, as threads wait for each other"
 STEP_NOTE = "an engine step: scheduling, plan and sampling, with next to no model"
@@ -40,7 +47,8 @@ OPERATIONS = 64
 
 
 def _passes(bench: Bench, run: Callable[[], Mapping[int, float]]) -> dict[int, float]:
-    """Operation -> median seconds of passes; the first, which finds cold memory, is not counted."""
+    """Operation -> mean seconds of passes; the first, which finds cold memory, is not counted. The mean, because a
+    model's step is a sum of operations, those that something disturbed among them."""
     run()
     found: dict[int, list[float]] = {}
     end = time.perf_counter() + bench.seconds
@@ -49,31 +57,42 @@ def _passes(bench: Bench, run: Callable[[], Mapping[int, float]]) -> dict[int, f
             found.setdefault(operation, []).append(seconds)
         if count >= FEWEST_PASSES and time.perf_counter() > end:
             break
-    return {operation: median(seconds) for operation, seconds in found.items()}
+    return {operation: fmean(seconds) for operation, seconds in found.items()}
 
 
 class Products:
-    """x wᵀ for the shapes, weights and rows above, each product with a weight of its own."""
+    """x wᵀ for the shapes, weights, rows and sets above, each product with a weight of its own."""
 
     def __init__(self, bench: Bench) -> None:
         """Raises BackendUnavailable."""
         self._bench = bench
         programs = Programs(bench.threads)
         self.instruction_set = programs.instruction_set
-        self._products: dict[tuple[int, int, str], TimedProducts] = {}
-        for n, k in SHAPES:
-            for weights in BITS:
-                count = {(n, k, weights): copies(n, k, weights, bench.beyond_cache)}
-                self._products[n, k, weights] = TimedProducts(programs, count, max(ROWS))
+        self._products: list[tuple[Kind, Sequence[int], TimedProducts]] = []
+        """(kind, rows, products with weights of it that take one set together)"""
+        for kind in [(n, k, weights) for n, k in SHAPES for weights in BITS]:
+            counts = [copies(*kind, min(times * bench.cache_bytes, bench.memory_bytes)) for times in SETS]
+            packed = programs.pack(*kind, max(counts))
+            for count in dict.fromkeys(counts):
+                rows = ROWS if count == counts[1] else READING_ROWS
+                self._products.append((kind, rows, TimedProducts(programs, {kind: packed[:count]}, max(rows))))
 
     def round(self) -> Iterator[tuple[What, float]]:
-        for (n, k, weights), products in self._products.items():
+        for (n, k, weights), all_rows, products in self._products:
             (operations,) = products.operations.values()
             nbytes = round(product_bytes(0, n, k, BITS[weights]))
-            for rows in ROWS:
+            set_bytes = nbytes * len(operations)
+            for rows in all_rows:
                 spent = _passes(self._bench, partial(products.run, rows))
                 seconds = sum(spent[one] for one in operations) / len(operations)
-                of: Mapping[str, str | int] = {"weights": weights, "rows": rows, "n": n, "k": k, "weight_bytes": nbytes}
+                of: Mapping[str, Detail] = {
+                    "weights": weights,
+                    "rows": rows,
+                    "n": n,
+                    "k": k,
+                    "weight_bytes": nbytes,
+                    "set_bytes": set_bytes,
+                }
                 yield What("gemm", of, "FLOP/s"), product_flops(rows, n, k) / seconds
 
 
@@ -104,7 +123,7 @@ class _PagedRows:
 
         kernels = programs.kernels
         a_layer = DECODE_ROWS * ROW_TOKENS * kv_bytes_per_token(_model(1, HEADS, KV_HEADS, HEAD_DIM), dtype)
-        layers = max(1, min(MOST_LAYERS, round(bench.beyond_cache / a_layer)))
+        layers = max(1, min(MOST_LAYERS, round(bench.large / a_layer)))
         self.spec = _model(layers, HEADS, KV_HEADS, HEAD_DIM)
         self.nbytes = DECODE_ROWS * ROW_TOKENS * kv_bytes_per_token(self.spec, dtype)
         blocks = DECODE_ROWS * ROW_TOKENS // BLOCK
@@ -193,7 +212,7 @@ class Steps:
             yield What("step", {"rows": rows}, "s", STEP_NOTE), self._seconds(rows)
 
     def _seconds(self, rows: int) -> float:
-        """Median of the steps in which all rows decode."""
+        """Mean of the steps in which all rows decode."""
         from headrace.core.types import FinishEvent, Request, SamplingParams
 
         sampling = SamplingParams(temperature=0.0, max_tokens=self.STEPS, ignore_eos=True)
@@ -206,7 +225,7 @@ class Steps:
             events = self._core.step()
             seconds.append(time.perf_counter() - began)
             ended += sum(isinstance(event, FinishEvent) for event in events)
-        return median(seconds[2:-2])
+        return fmean(seconds[2:-2])
 
 
 def _model(layers: int, heads: int, kv_heads: int, head_dim: int) -> ModelSpec:

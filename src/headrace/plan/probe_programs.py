@@ -24,7 +24,7 @@ GROUP = 32
 PANEL = 16
 """n is padded to a multiple of it."""
 VOCAB = 64
-FEWEST_COPIES, MOST_COPIES = 3, 288
+FEWEST_COPIES, MOST_COPIES = 3, 4096
 """Of a weight in one program."""
 RANDOM_NUMBERS = 1 << 18
 """Different ones in a weight, again and again."""
@@ -118,8 +118,8 @@ def run_once(session: _kernels.Session, asks: Sequence[tuple[int, int, int]]) ->
 class TimedProducts:
     """One program with a product for each weight: x wᵀ, one after another, as in a step of an engine."""
 
-    def __init__(self, programs: Programs, weights: Mapping[Kind, int], most_rows: int) -> None:
-        """`weights`: kind -> how many of it there are, each in memory of its own."""
+    def __init__(self, programs: Programs, weights: Mapping[Kind, Sequence[_kernels.Weight]], most_rows: int) -> None:
+        """`weights`: kind -> packed ones of it, each in memory of its own."""
         kernels = programs.kernels
         kv = kernels.KvStore("float32", most_rows, 1)
         program = programs.program(kv)
@@ -128,12 +128,12 @@ class TimedProducts:
         outputs = {n: program.buffer(n) for n in dict.fromkeys(n for n, _, _ in weights)}
         self.operations: dict[Kind, list[int]] = {}
         """Kind -> the products with its weights."""
-        for (n, k, precision), count in weights.items():
+        for (n, k, precision), packed in weights.items():
             if k not in inputs:
                 inputs[k] = programs.embedded(program, k, quantised=k in codes)
                 if k in codes:
                     program.quantise(inputs[k])
-            linears = [kernels.Linear(one, None, 0) for one in programs.pack(n, k, precision, count)]
+            linears = [kernels.Linear(one, None, 0) for one in packed]
             self.operations[n, k, precision] = [program.product([one], inputs[k], outputs[n]) for one in linears]
         self._session = programs.session(program, kv, 1, most_rows, most_rows)
         programs.admit(self._session, 0, most_rows, [0])

@@ -22,9 +22,7 @@ from headrace.plan.profile import Detail
 Pass = Callable[[], object]
 FEWEST_PASSES, MOST_PASSES = 3, 60
 LARGE = 4
-"""Times the last cache: an array of STREAM."""
-BEYOND_CACHE = 1.5
-"""Times the last cache."""
+"""Times the last cache: an array of STREAM, and of all weights or keys that a pass reads."""
 MOST_THREADS = 1024
 DEFAULT_CACHE = 32 * 2**20
 """Of the last level, where the system does not say."""
@@ -73,11 +71,6 @@ class Bench:
         """Bytes of an array that the caches hold no part of worth speaking of: STREAM asks for four times the last
         level."""
         return min(LARGE * self.cache_bytes, self.memory_bytes)
-
-    @property
-    def beyond_cache(self) -> float:
-        """Bytes of what is read once a pass, so that each pass finds it in memory, as a model's step does."""
-        return min(BEYOND_CACHE * self.cache_bytes, self.memory_bytes)
 
     @property
     def note(self) -> str:

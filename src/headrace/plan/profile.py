@@ -20,8 +20,8 @@ NOISY = 0.05
 """A figure whose rounds lie further apart than this share of their median is too noisy to be called repeatable."""
 MOST_BYTES = 4 * 2**20
 """Of a profile's file; a probe writes some tens of kilobytes."""
-ROUNDS = 3
-"""Of a probe; with fewer its spread says too little."""
+FEWEST_ROUNDS = 3
+"""Of a probe: with fewer its spread says too little."""
 BUSY = 0.1
 """A machine of whose cores others take more than this share is busy: figures are of all cores, and lose as much."""
 Detail = str | int | float
@@ -69,8 +69,8 @@ class Figure:
         """repeatable, or why it is not."""
         if self.spread is None:
             return self.note
-        if len(self.rounds) < ROUNDS:
-            return f"{len(self.rounds)} of {ROUNDS} rounds"
+        if len(self.rounds) < FEWEST_ROUNDS:
+            return f"{len(self.rounds)} of {FEWEST_ROUNDS} rounds"
         return "repeatable" if self.spread <= NOISY else f"too noisy, spread {percent(self.spread)}"
 
 
@@ -133,18 +133,22 @@ class Profile:
 
     # ------------------------------------------------------------ rates
 
-    def gemm_rate(self, weights: str, rows: float, n: int | None = None) -> float:
+    def gemm_rate(self, weights: str, rows: float, n: int | None = None, set_bytes: float | None = None) -> float:
         """FLOP/s (2 · M · N · K a product) of the native kernels, `rows` (M) tokens at a time, weights float32,
-        bfloat16, int8 or int4; between measured M log-linear, outside as at the nearest. `n`: of the shape nearest to
-        it; None: the largest. Raises InvalidParameter where no such product was measured."""
+        bfloat16, int8 or int4; log-linear between measured M, and between measured sets; outside as at the nearest.
+        `n`: of the shape nearest to it; None: the largest. `set_bytes`: of all weights that are read again and again;
+        None: the largest set. Raises InvalidParameter where no such product was measured."""
         found = [one for one in self.figures if one.name == "gemm" and one.rounds and one.of.get("weights") == weights]
         if not found:
             self.value("gemm", weights=weights)
         sizes = {float(one.of["n"]) for one in found}
         near = max(sizes) if n is None else min(sizes, key=lambda size: abs(math.log(size / n)))
-        return _between(
-            ((float(one.of["rows"]), one.value or 0.0) for one in found if float(one.of["n"]) == near), rows
-        )
+        by_rows: dict[float, list[tuple[float, float]]] = {}
+        for one in found:
+            if float(one.of["n"]) == near:
+                by_rows.setdefault(float(one.of["rows"]), []).append((float(one.of["set_bytes"]), one.value or 0.0))
+        size = math.inf if set_bytes is None else set_bytes
+        return _between(((count, _between(points, size)) for count, points in by_rows.items()), rows)
 
     def read_bandwidth(self) -> float:
         """Bytes/s that all threads read together from memory: from the largest working set. Raises InvalidParameter."""
@@ -239,8 +243,8 @@ class Profile:
                 f"not called repeatable: other programs used {machine.busy_cores:.1f} of {machine.cores} cores; "
                 "probe again when the machine is quiet"
             )
-        if self._rounds < ROUNDS:
-            return f"not called repeatable: {self._rounds} of {ROUNDS} rounds were measured"
+        if self._rounds < FEWEST_ROUNDS:
+            return f"not called repeatable: {self._rounds} of {FEWEST_ROUNDS} rounds were measured"
         noisy = sum(1 for one in judged if (one.spread or 0.0) > NOISY)
         worst = percent(self.worst_spread)
         if noisy:
@@ -249,7 +253,7 @@ class Profile:
 
     @property
     def repeatable(self) -> bool:
-        return not self.machine.busy and self._rounds >= ROUNDS and self.worst_spread <= NOISY
+        return not self.machine.busy and self._rounds >= FEWEST_ROUNDS and self.worst_spread <= NOISY
 
     def as_json(self) -> dict[str, object]:
         """What is written; `read_profile` reads it back."""
@@ -351,7 +355,7 @@ def _check_machine(machine: Machine) -> None:
 
 
 NUMBERS: Mapping[str, Sequence[str]] = {
-    "gemm": ("rows", "n", "k"),
+    "gemm": ("rows", "n", "k", "set_bytes"),
     "read": ("bytes",),
     "step": ("rows",),
     "card": ("memory_bytes",),

@@ -295,7 +295,7 @@ class ProbedSpeed:
     def _product_s(self, part: Part, tokens: float, met: float, width: int) -> float:
         """`tokens`: in all; `met`: at a time; `width`: of what a product gives. The rates are of weights that come from
         memory, so that with few tokens they are those of reading. An expert meets only the tokens that chose it."""
-        rate = self.profile.gemm_rate(part.kind, max(1.0, met * part.share), width)
+        rate = self.profile.gemm_rate(part.kind, max(1.0, met * part.share), width, self.weights.nbytes)
         return 2 * part.numbers * tokens / rate
 
 
@@ -310,9 +310,11 @@ def operations(spec: ModelSpec) -> int:
 
 
 def activation_width(spec: ModelSpec) -> int:
-    """Numbers that are normed, rotated or rounded for one token, in all layers."""
+    """Numbers that are normed, rotated, activated or rounded for one token, in all layers."""
     total = 0
     for layer in spec.layers:
         attention = layer.attention
-        total += 2 * spec.hidden_size + 2 * (attention.heads + attention.kv_heads) * attention.head_dim
+        experts = layer.mlp.experts
+        inner = layer.mlp.intermediate if experts is None else experts.experts_per_token * experts.intermediate
+        total += 2 * spec.hidden_size + 2 * (attention.heads + attention.kv_heads) * attention.head_dim + inner
     return total
