@@ -4,8 +4,9 @@
 
 Models: demo (4-bit codes as stored), and two shapes with random weights, made in a temporary folder (1.1 GB at most):
 0.3b, rounded to int4 at load, and 0.5b, rounded to int8. Each runs in a process of its own: 32 requests at once, after
-which its peak memory is read; then 32 at once and one alone by turns, medians. The probe comes right before, so that both see
-the same machine; nothing else should run on it. --store keeps the pairs where `headrace plan --accuracy` finds them.
+which its peak memory is read; then 32 at once and one alone by turns, medians. The probe comes right before, so that
+both see the same machine; nothing else should run on it. --store keeps the pairs where `headrace plan --accuracy` finds
+them.
 """
 
 from __future__ import annotations

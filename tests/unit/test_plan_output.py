@@ -130,7 +130,7 @@ class TestNumbers:
         assert value_text(Quantity("a", None, "B")) == "–"
 
     def test_money_has_cents(self) -> None:
-        assert value_text(Quantity("a", 6.7, "USD/h")) == "6.70 USD/h"
+        assert value_text(Quantity("a", 6.7, "$/h")) == "6.70 $/h"
         assert value_text(Quantity("a", -14_728.31, "$/year")) == "-14,728.31 $/year"
         assert value_text(Quantity("a", 0.45572, "$ per million tokens")) == "0.45572 $ per million tokens"
         assert column_texts([1.01, 6.7, None], "USD/h") == ["1.01", "6.70", "–"]
@@ -401,6 +401,7 @@ def test_every_question_has_its_help(question: str, capsys: pytest.CaptureFixtur
         "overlap",
         "offload --preset opt-30b",
         "training llama-2-7b --zero 3",
+        "power --hours 0.5",
     ],
 )
 def test_every_number_has_a_formula_and_a_source(words: str) -> None:

@@ -15,6 +15,7 @@ SCALED = "roofline × the median of measured / roofline in the training half, by
 FOREST = f"roofline × exp(forest), {TREES} trees of depth {DEPTH}, seed {SEED}"
 FORMULAS: Mapping[Method, str] = {"forest": FOREST, "roofline": ROOFLINE, "scaled roofline": SCALED}
 QUICKEST = f"of the quickest of {ROUNDS} rounds, as the sweep keeps it"
+ASKED = "as asked"
 GPPERF = "GPPerf, random-forest predictor of GEMM time and power"
 LEAKAGE = (
     f"Errors are of shapes that were held out: {FOLDS} folds, and all points of a weight's shape are in one of them. "
@@ -112,7 +113,7 @@ def _errors(predictor: Predictor) -> Table:
     columns = [
         Column("precision"),
         Column("method", "", _methods()),
-        Column("points"),
+        Column("points", "", "of the sweep, held out", source),
         Column("R² of log time", "", R2, source),
         Column("median error", "%", MEDIAN, source),
         Column("used", "", "the method with the smallest median error"),
@@ -124,7 +125,7 @@ def _errors(predictor: Predictor) -> Table:
             score = predictor.held_out.score(method, precision)
             used = "yes" if method == best else "no"
             rows.append([precision, method, score.points, round(score.r2, 3), _percent(score.median_error), used])
-    return Table("Held-out error", columns, rows)
+    return Table("Held-out error", columns, rows, named_by=2)
 
 
 def _methods() -> str:
@@ -135,9 +136,9 @@ def _predictions(predictor: Predictor, predictions: Sequence[Prediction]) -> Tab
     source = _source(predictor)
     interval = f"{LEVEL:.0%} of the held-out errors of this method and precision are inside; none outside of the sweep"
     columns = [
-        Column("m"),
-        Column("n"),
-        Column("k"),
+        Column("m", "", ASKED),
+        Column("n", "", ASKED),
+        Column("k", "", ASKED),
         Column("precision"),
         Column("time", "µs", f"by the method named in the row; {QUICKEST}", source),
         Column("low", "µs", interval, source),
@@ -159,7 +160,7 @@ def _predictions(predictor: Predictor, predictions: Sequence[Prediction]) -> Tab
         ]
         for one in predictions
     ]
-    return Table("Predicted", columns, rows)
+    return Table("Predicted", columns, rows, named_by=4)
 
 
 def _plot(predictor: Predictor) -> Plot:

@@ -20,7 +20,7 @@ LARGE, SMALL = 1e15, 1e-4
 """From the one on, and below the other, with a power of ten."""
 SPREAD = 1e3
 """Largest over smallest number of a column, up to which all of them have the same decimals."""
-MONEY = frozenset({"$", "USD"})
+MONEY = frozenset({"$"})
 """Units of which there are cents."""
 LEAST_CENTS = 1.0
 _NUMBER = re.compile(r"[≤≥<>~≈×$ ]*\(?[-−+]?[$]?\d[\d,.]*\)?[ %x×]*|–|∞")

@@ -175,11 +175,12 @@ def _time_quantities(task: Task, block: Block, found: Times, basis: Basis, sourc
     n, m = task.layers, task.output
     whole = f"{block.rows} × {block.batches} sequences of {task.prompt} + {m} tokens"
     first, step = n * found.prefill.seconds + found.head, n * found.decode.seconds + found.head
+    head = Quantity("head", found.head, "s", "larger of FLOPs / peak, bytes / bandwidth", source, basis)
     return [
         Quantity("throughput", found.throughput, "tokens/s", "sequences · output / T", FLEXGEN, basis, note=whole),
         Quantity("prefill of a layer, Tpre", found.prefill.seconds, "s", LONGEST, source, basis),
         Quantity("decode step of a layer, Tgen", found.decode.seconds, "s", LONGEST, source, basis),
-        Quantity("head", found.head, "s", "larger of FLOPs / peak, bytes / bandwidth", source, basis),
+        *([head] if found.head else []),  # FlexGen's published examples leave it out
         Quantity("time to the first token", first, "s", "Tpre · layers + head", FLEXGEN, basis),
         Quantity("time of a token after it", step, "s", "Tgen · layers + head", FLEXGEN, basis),
         Quantity("time in all", found.total, "s", TOTAL, FLEXGEN, basis),

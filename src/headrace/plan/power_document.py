@@ -31,7 +31,7 @@ def document(row: Row, policy: Policy, points: Sequence[Point], shown: Point, gi
     source = SIMULATED.format(seed=row.seed, hours=row.hours)
     return Document(
         "Power oversubscription: extra servers on one row's power",
-        quantities=[*_inputs(row, policy, given), *_findings(row, policy, points, source)],
+        quantities=[*_findings(row, policy, points, source), *_inputs(row, policy, given)],
         tables=[_sweep(points, source), _levels(points, source), _works(), _commands(policy)],
         plots=[_brakes(points), *_latencies(points), _power(policy, shown)],
         notes=[*_notes(row, points, shown), *dict.fromkeys(command for _, command in commands(policy))],
@@ -87,7 +87,7 @@ def _findings(row: Row, policy: Policy, points: Sequence[Point], source: str) ->
     published = HELD.format(f"{PUBLISHED_PEAK:.0%}")
     short = "" if rise is not None else f"the run is no longer than its first {WARM_UP_S:g} s, which do not count"
     rows = [
-        Quantity("provisioned power", total, "kW", "servers x kW", "inputs above", "exact"),
+        Quantity("provisioned power", total, "kW", "servers x kW", "inputs below", "exact"),
         Quantity("peak without extra servers", base.peak, unit, "largest reading", source, "simulated", note=published),
         Quantity(
             f"largest rise within {row.capping_s:g} s",
@@ -173,9 +173,9 @@ def _works() -> Table:
     columns = (
         Column("work", source=POLCA),
         Column("priority"),
-        Column("of the servers", "%"),
-        Column("prompt", "tokens"),
-        Column("answer", "tokens"),
+        Column("of the servers", "%", INPUT, POLCA),
+        Column("prompt", "tokens", INPUT, POLCA),
+        Column("answer", "tokens", INPUT, POLCA),
     )
     rows = [
         (work.name, work.priority, 100 * work.share, "{}–{}".format(*work.prompt), "{}–{}".format(*work.answer))
@@ -243,7 +243,7 @@ def _notes(row: Row, points: Sequence[Point], shown: Point) -> list[str]:
             "it, so nothing here says that the row is safe."
         )
     notes.append(
-        "Simulated, on a load and a server model that are listed above. POLCA's figures (30 % extra servers, no brake "
+        "Simulated, on a load and a server model that are listed with the inputs. POLCA's figures (30 % extra servers, no brake "
         "in six weeks) are a simulation too, of its authors, on a load like that of their clusters."
     )
     return notes

@@ -271,8 +271,8 @@ def run_quantities(
     ]
     if price is not None:
         rent = [one * price for one in hours]
-        formula = f"GPU-hours · {price:g} USD"
-        found.append(Quantity("rent", rent[0], "USD", formula, source, basis, rent[1], rent[2]))
+        formula = f"GPU-hours · ${price:g}"
+        found.append(Quantity("rent", rent[0], "$", formula, source, basis, rent[1], rent[2]))
     return found
 
 
