@@ -243,8 +243,8 @@ def _notes(row: Row, points: Sequence[Point], shown: Point) -> list[str]:
             "it, so nothing here says that the row is safe."
         )
     notes.append(
-        "Simulated, on a load and a server model that are listed with the inputs. POLCA's figures (30 % extra servers, no brake "
-        "in six weeks) are a simulation too, of its authors, on a load like that of their clusters."
+        "Simulated, on a load and a server model that are listed with the inputs. POLCA's figures (30 % extra servers, "
+        "no brake in six weeks) are a simulation too, of its authors, on a load like that of their clusters."
     )
     return notes
 
