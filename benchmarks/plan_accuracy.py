@@ -1,6 +1,6 @@
 """How far `headrace plan model` is off on this machine: it probes, predicts, measures with the engine, prints errors.
 
-    python -m benchmarks.plan_accuracy [--models demo,0.3b,0.5b] [--profile FILE] [--repeats 3] [--json FILE] [--store]
+    python -m benchmarks.plan_accuracy [--models demo,0.3b,0.5b] [--profile FILE] [--repeats 5] [--json FILE] [--store]
 
 Models: demo (4-bit codes as stored), and two shapes with random weights, made in a temporary folder (1.1 GB at most):
 0.3b, rounded to int4 at load, and 0.5b, rounded to int8. Each runs in a process of its own: 32 requests at once, after
@@ -234,7 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(case.name for case in SHAPES))
     parser.add_argument("--profile", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--store", action="store_true")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "QUANT"), help=argparse.SUPPRESS)

@@ -134,6 +134,7 @@ def test_rates_lie_between_what_was_measured() -> None:
     assert PROFILE.gemm_rate("float32", 10) == pytest.approx((10.1e9 * 1000e9) ** 0.5)
     assert PROFILE.gemm_rate("float32", 1000) == PROFILE.gemm_rate("float32", 100) == pytest.approx(1000e9)
     assert PROFILE.gemm_rate("float32", 64, n=576) == pytest.approx(5e9)
+    assert PROFILE.gemm_rate("float32", 1, n=(640 * 2048) ** 0.5) == pytest.approx((5e9 * 10.1e9) ** 0.5)
     # Weights of 64 MiB, between sets of 32 and of 128; smaller and larger ones as at the nearest.
     assert PROFILE.gemm_rate("float32", 1, 576, 2**26) == pytest.approx(10e9)
     assert PROFILE.gemm_rate("float32", 1, 576, 2**20) == pytest.approx(20e9)

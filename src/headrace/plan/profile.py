@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -133,22 +133,23 @@ class Profile:
 
     # ------------------------------------------------------------ rates
 
-    def gemm_rate(self, weights: str, rows: float, n: int | None = None, set_bytes: float | None = None) -> float:
+    def gemm_rate(self, weights: str, rows: float, n: float = math.inf, set_bytes: float = math.inf) -> float:
         """FLOP/s (2 · M · N · K a product) of the native kernels, `rows` (M) tokens at a time, weights float32,
-        bfloat16, int8 or int4; log-linear between measured M, and between measured sets; outside as at the nearest.
-        `n`: of the shape nearest to it; None: the largest. `set_bytes`: of all weights that are read again and again;
-        None: the largest set. Raises InvalidParameter where no such product was measured."""
+        bfloat16, int8 or int4. `n`: outputs of the product; `set_bytes`: of all weights that are read again and again.
+        Log-linear between what was measured, outside as at the nearest. Raises InvalidParameter where no such product
+        was measured."""
         found = [one for one in self.figures if one.name == "gemm" and one.rounds and one.of.get("weights") == weights]
         if not found:
             self.value("gemm", weights=weights)
-        sizes = {float(one.of["n"]) for one in found}
-        near = max(sizes) if n is None else min(sizes, key=lambda size: abs(math.log(size / n)))
-        by_rows: dict[float, list[tuple[float, float]]] = {}
+        tree: dict[float, dict[float, dict[float, float]]] = {}
         for one in found:
-            if float(one.of["n"]) == near:
-                by_rows.setdefault(float(one.of["rows"]), []).append((float(one.of["set_bytes"]), one.value or 0.0))
-        size = math.inf if set_bytes is None else set_bytes
-        return _between(((count, _between(points, size)) for count, points in by_rows.items()), rows)
+            width, count, size = (float(one.of[name]) for name in ("n", "rows", "set_bytes"))
+            tree.setdefault(width, {}).setdefault(count, {})[size] = one.value or 0.0
+        by_width = {
+            width: _between({count: _between(sets, set_bytes) for count, sets in counts.items()}, rows)
+            for width, counts in tree.items()
+        }
+        return _between(by_width, n)
 
     def read_bandwidth(self) -> float:
         """Bytes/s that all threads read together from memory: from the largest working set. Raises InvalidParameter."""
@@ -270,9 +271,9 @@ class Profile:
         }
 
 
-def _between(measured: Iterable[tuple[float, float]], x: float) -> float:
+def _between(measured: Mapping[float, float], x: float) -> float:
     """Log-linear between the points, constant outside."""
-    points = sorted(dict(measured).items())
+    points = sorted(measured.items())
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in pairwise(points):
