@@ -51,6 +51,7 @@ ALONE = 3
 SEED = 11
 LIMITS: Mapping[str, float] = {"ttft_s": 0.20, "itl_s": 0.20, "tokens_per_s": 0.20, "peak_bytes": 0.05}
 QUIET_S, QUIET_CORES = 60.0, 0.3
+STORED = "stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Case:
     """A model and how its weights are kept."""
 
     name: str
-    quant: str = "stored"
+    quant: str = STORED
     sizes: Mapping[str, int] | None = None
     """Of a Llama with random weights, in config.json's words; None: `name` is a model."""
 
@@ -259,7 +260,8 @@ def main() -> int:
     if arguments.store and state is not None:
         store = Store(default_path(state))
         for row in rows:
-            record_run(store, row["predicted"], row["measured"], Context(row["machine"], row["model"], "benchmark"))
+            name = row["model"].removesuffix(f", {STORED}")  # as compare calls it
+            record_run(store, row["predicted"], row["measured"], Context(row["machine"], name, "benchmark"))
     return 0 if all(all(row["within"].values()) for row in rows) else 1
 
 

@@ -368,7 +368,7 @@ def _lag(traffic: Traffic, best: Overlap, node: Node) -> Sequence[Quantity]:
         Quantity(
             "tokens wasted for each finished row",
             found.wasted / LAG_ROWS,
-            "tokens",
+            "",
             "step i + 1 starts before the end of sequence of step i is known",
             where,
             "simulated",

@@ -21,7 +21,7 @@ OTHERS = "(processor time of all programs, stolen time included, − the probe's
 SPREAD = "(largest − smallest) / median of the rounds"
 STREAM = "McCalpin: STREAM; bytes read and written, without write-allocate"
 KINDS: Mapping[str, str] = {
-    "gemm": "{weights} {n} × {k}, M = {rows}, {set_bytes} of them",
+    "gemm": "{weights} {n} × {k}, M = {rows}, {set_bytes}",
     "stream": "STREAM {kind}",
     "read": "reading, working set {bytes}",
     "gather": "gather, pieces of {piece_bytes}",
@@ -37,7 +37,7 @@ KINDS: Mapping[str, str] = {
 }
 """Figure -> how a line of the table calls it."""
 TABLES: Sequence[tuple[str, Sequence[str]]] = (
-    ("Products of the native backend: weights N × K, M tokens", ("gemm",)),
+    ("Products of the native backend: weights N × K, M tokens, bytes of all weights in turn", ("gemm",)),
     ("Memory", ("stream", "read", "gather", "attend")),
     ("Disk, links and GPU", ("disk", "host_link", "card")),
     ("Applications", ("application", "attention")),
