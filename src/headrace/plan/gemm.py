@@ -2,7 +2,7 @@
 
 After GPPerf (planning by random forest: 100 trees of depth 6, features m, n, k, precision, intensity, bytes, FLOPs),
 with two changes. Its split was random, so that the same shapes were in both halves; here the weights of a held-out
-shape (n, k) are in no training half, whatever their rows or precision. And the forest learns the logarithm of measured
+shape (n, k) are in no training folds, whatever their rows or precision. And the forest learns the logarithm of measured
 time over the roofline's, so that size itself, which trees cannot continue beyond what they saw, is left to the formula.
 """
 
@@ -162,7 +162,7 @@ class HeldOut:
     watts: Sequence[float]
     """Of `powered`, by the forest; empty where no power is predicted."""
     constant_watts: Sequence[float]
-    """Of `powered`, by the median of the training half: the forest's baseline."""
+    """Of `powered`, by the median of the training folds: the forest's baseline."""
 
     def score(self, method: Method, precision: str | None = None) -> Score:
         """`precision`: of its points alone."""

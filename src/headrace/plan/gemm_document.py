@@ -10,8 +10,8 @@ from headrace.plan.gemm_sweep import ROUNDS, Product
 
 R2 = "1 - Σ(y - ŷ)² / Σ(y - mean y)², y = ln seconds, of points whose weight's shape was held out"
 MEDIAN = "median of |predicted - measured| / measured, of points whose weight's shape was held out"
-ROOFLINE = "max(bytes / bandwidth, FLOPs / peak): the highest rates of the training half"
-SCALED = "roofline × the median of measured / roofline in the training half, by precision"
+ROOFLINE = "max(bytes / bandwidth, FLOPs / peak): the highest rates of the training folds"
+SCALED = "roofline × the median of measured / roofline in the training folds, by precision"
 FOREST = f"roofline × exp(forest), {TREES} trees of depth {DEPTH}, seed {SEED}"
 FORMULAS: Mapping[Method, str] = {"forest": FOREST, "roofline": ROOFLINE, "scaled roofline": SCALED}
 QUICKEST = f"of the quickest of {ROUNDS} rounds, as the sweep keeps it"
@@ -80,7 +80,7 @@ def _power(predictor: Predictor) -> list[Quantity]:
             "median error of power, constant",
             _percent(constant.median_error),
             "%",
-            f"{formula}; the median power of the training half",
+            f"{formula}; the median power of the training folds",
             source,
             "measured",
         ),
