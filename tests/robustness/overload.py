@@ -45,13 +45,16 @@ TICK_S = 0.01
 @dataclass(frozen=True, slots=True)
 class Size:
     peak_s: float
+    """At least."""
+    fill: int
+    """Requests, at least, of the peak: their blocks are all of the KV cache, however slow the machine."""
     overload_s: float
     tokens: int
     """Of an answer."""
 
 
-FULL = Size(20, 60, 32)
-SHORT = Size(3, 3, 16)
+FULL = Size(20, 500, 60, 32)
+SHORT = Size(3, 180, 3, 16)
 
 
 def request(number: int, tokens: int) -> bytes:
@@ -76,7 +79,7 @@ async def peak(target: Target, size: Size) -> float:
     numbers = count(1_000_000)  # no two requests alike: each fills blocks of its own
 
     async def client() -> None:
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s or len(outcomes) < size.fill:
             outcomes.append(await pool.ask(request(next(numbers), size.tokens), TIMEOUT_S))
 
     await asyncio.gather(*(client() for _ in range(PLACES)))

@@ -28,7 +28,7 @@ from headrace.plan.probe_card import Card
 from headrace.plan.probe_disk import Disk, file_system
 from headrace.plan.probe_document import describe
 from headrace.plan.probe_link import HostLink
-from headrace.plan.probe_memory import STREAM_WORDS, Gather, Read, Stream, native_triad, triad, triad_in_blocks
+from headrace.plan.probe_memory import STREAM_WORDS, Gather, Read, Stream, triad, triad_in_blocks
 from headrace.plan.probe_tools import Bench, Watch, find_caches, last_cache, share, usable_cpus
 from headrace.plan.profile import Figure, Machine, Profile, default_path, read_profile, write_profile
 from headrace.plan.roofline import attainable, product_intensity, roofline
@@ -110,31 +110,6 @@ def test_triad_is_exact(make: Any) -> None:
     a, b, c = (random.standard_normal(200_003) for _ in range(3))
     make(a, b, c)()
     assert np.array_equal(a, b + 3.0 * c)
-
-
-C_TRIAD = "void triad(double *restrict a, const double *restrict b, const double *restrict c, long n)\
- { for (long i = 0; i < n; i++) a[i] = b[i] + 3.0 * c[i]; }"
-
-
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
-def test_triad_is_as_fast_as_a_plain_c_loop(tmp_path: Path) -> None:
-    """Within 10 % with the native kernels; numpy's two steps a block lose up to a fifth."""
-    source, library = tmp_path / "triad.c", tmp_path / "triad.so"
-    source.write_text(C_TRIAD)
-    subprocess.run([str(COMPILER), "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
-    plain = ctypes.CDLL(str(library)).triad
-    count = max(2**22, min(2**23, last_cache(find_caches(usable_cpus())) // 8))
-    a, b, c = (np.full(count, value) for value in (1.0, 2.0, 3.0))
-    ours = triad(a, b, c)
-    pointers = [ctypes.c_void_p(one.ctypes.data) for one in (a, b, c)]
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-    # By turns, and the best of them: other programs disturb both alike.
-    for _ in range(20):
-        for name, work in (("ours", ours), ("plain", lambda: plain(*pointers, ctypes.c_long(count)))):
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    assert min(seconds["plain"]) > (0.9 if native_triad() else 0.7) * min(seconds["ours"])
 
 
 def test_reading_goes_from_the_first_cache_to_memory() -> None:
